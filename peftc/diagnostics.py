@@ -1,0 +1,121 @@
+"""Diagnostics: what peftc says when its user made a mistake.
+
+A diagnostic is a value: a code, a message, the place it is about and one line of help. Code that can go on
+after a mistake reports into a `Collector`, so that every error of a file is told at once; `PeftcError` carries
+diagnostics up to the command line, which prints them and exits with code 2. Anything else that is raised is a
+bug of peftc and keeps its traceback.
+
+    E004 error: unknown tap `ou` of an ffn site
+      --> rules/mine.yaml:7:32
+       |
+     7 |   adapter: {at: ffn, modify: ou, form: bottleneck}
+       |                              ^^
+       = help: did you mean `out`?
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A range of one line of a source file; `line`, `col` and `end_col` count from 1, `end_col` is exclusive."""
+
+    file: str
+    line: int
+    col: int
+    end_col: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.col}"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One error or warning about what the user gave."""
+
+    code: str
+    message: str
+    span: Span | None = None
+    help: str | None = None
+    severity: Severity = "error"
+
+    def render(self) -> str:
+        """The diagnostic as text: headline, place, source line with a caret, help."""
+        lines = [f"{self.code} {self.severity}: {self.message}"]
+        if self.span is not None:
+            lines.extend(_excerpt(self.span))
+        if self.help is not None:
+            lines.append(f"   = help: {self.help}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON-ready dictionary with the keys code, severity, message, file, line, col, help."""
+        span = self.span
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "message": self.message,
+            "file": span.file if span else None,
+            "line": span.line if span else None,
+            "col": span.col if span else None,
+            "help": self.help,
+        }
+
+
+def _excerpt(span: Span) -> list[str]:
+    number = str(span.line)
+    gutter = " " * (len(number) + 1)
+    caret = " " * (span.col - 1) + "^" * max(1, span.end_col - span.col)
+    return [f"{gutter}--> {span}", f"{gutter} |", f"{number}  | {span.text}", f"{gutter} | {caret}"]
+
+
+class PeftcError(Exception):
+    """A user's mistake, told as diagnostics; the command line exits with code 2."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+        self.diagnostics = tuple(diagnostics)
+        super().__init__("\n\n".join(d.render() for d in self.diagnostics))
+
+
+def fail(code: str, message: str, *, span: Span | None = None, help: str | None = None) -> NoReturn:
+    """Raise a `PeftcError` with a single diagnostic."""
+    raise PeftcError([Diagnostic(code, message, span, help)])
+
+
+@dataclass(slots=True)
+class Collector:
+    """Gathers diagnostics while checking goes on."""
+
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+
+    def error(self, code: str, message: str, *, span: Span | None = None, help: str | None = None) -> None:
+        self.diagnostics.append(Diagnostic(code, message, span, help))
+
+    def warn(self, code: str, message: str, *, span: Span | None = None, help: str | None = None) -> None:
+        self.diagnostics.append(Diagnostic(code, message, span, help, "warning"))
+
+    @property
+    def errors(self) -> list[Diagnostic]:
+        return [d for d in self.diagnostics if d.severity == "error"]
+
+    def raise_if_errors(self) -> None:
+        """Raise `PeftcError` with every error gathered so far, in source order."""
+        if self.errors:
+            raise PeftcError(sorted(self.errors, key=lambda d: (d.span.line, d.span.col) if d.span else (0, 0)))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A help line that names the nearest known name, or lists the known ones when none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return f"known: {', '.join(names)}" if names else None

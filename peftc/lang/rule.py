@@ -1,0 +1,155 @@
+"""The rule as a typed value: what a YAML rule says, checked, with every part knowing its place in the file.
+
+A `Rule` is made by `peftc.lang.loader.load_rule` and never changed. It holds no torch object: sizes are still
+expressions over dimension names, to be evaluated for each site by the planner.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peftc.diagnostics import Span
+
+Scalar = int | float | bool | str | None
+Share = Literal["site", "layer", "kind", "stack", "model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expr:
+    """An expression in the closed subset of Python's grammar that `peftc.lang.expr` admits.
+
+    `span_of(node)` gives the place of any node of `tree` in the rule file.
+    """
+
+    text: str
+    tree: ast.expr
+    span: Span | None = None
+    exact: bool = True
+    """Whether columns inside the text map one to one to columns of the source line."""
+
+    def span_of(self, node: ast.AST) -> Span | None:
+        start = getattr(node, "col_offset", None)
+        end = getattr(node, "end_col_offset", None)
+        if self.span is None or start is None or end is None or not self.exact:
+            return self.span
+        span = self.span
+        return Span(span.file, span.line, span.col + start, span.col + end, span.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """A number (or word) that `--set name=value` may change."""
+
+    name: str
+    value: Scalar
+    min: float | None = None
+    max: float | None = None
+    doc: str = ""
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A trainable (or `frozen`) tensor of a delta; `shape` and `condition` are expressions over static names."""
+
+    name: str
+    shape: tuple[Expr, ...]
+    init: Expr
+    dtype: str | None = None
+    share: Share = "site"
+    frozen: bool = False
+    condition: Expr | None = None
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """The site's own queries attending to `keys` and `values`, each [l, kv_heads, head_dim] (or batched [B, l, ..])."""
+
+    keys: Expr
+    values: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A functional form dh = f(x): either an expression `dh` or `attend`."""
+
+    name: str
+    params: tuple[Param, ...] = ()
+    args: dict[str, Scalar] = field(default_factory=dict)
+    let: dict[str, Expr] = field(default_factory=dict)
+    dh: Expr | None = None
+    attend: Attend | None = None
+    doc: str = ""
+    paper: str = ""
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Which of the sites named by `at`: every given condition must hold."""
+
+    layers: tuple[int, ...] | str | None = None
+    """Layer indices (negative ones count from the end), or "first N", "last N", "A-B"."""
+    stack: tuple[str, ...] = ()
+    kind: tuple[str, ...] = ()
+    role: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
+    condition: Expr | None = None
+    spans: dict[str, Span] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One row of the table: a form at a modified representation, inserted and composed."""
+
+    name: str
+    at: tuple[str, ...]
+    modify: tuple[str, ...]
+    insert: str
+    """"parallel", "sequential", or the name of the tap that is the delta's input x."""
+    form: Form
+    compose: Expr
+    """An expression in h and dh; the named ones `add`, `gate`, `prepend` are a bare name."""
+    arguments: dict[str, Scalar | Expr] = field(default_factory=dict)
+    """The row's `with:`; values for the form's `args` and sizes."""
+    where: Where = field(default_factory=Where)
+    params: tuple[Param, ...] = ()
+    let: dict[str, Expr] = field(default_factory=dict)
+    lower: str | None = None
+    expect: int | None = None
+    span: Span | None = None
+    spans: dict[str, Span] = field(default_factory=dict)
+    """The place of each key's value in the row (`at`, `modify`, `insert`, `form`, `compose`, ...)."""
+
+    def span_at(self, key: str) -> Span | None:
+        return self.spans.get(key, self.span)
+
+
+@dataclass(frozen=True, slots=True)
+class Glob:
+    """A glob over parameter names, with its place."""
+
+    pattern: str
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A whole rule file, hyperparameters resolved."""
+
+    name: str
+    deltas: tuple[Delta, ...] = ()
+    hyper: dict[str, Hyper] = field(default_factory=dict)
+    train: tuple[Glob, ...] = ()
+    doc: str = ""
+    paper: str = ""
+    file: str = ""
+    text: str = ""
+    """The YAML source with the `--set` values in place, enough to load the same rule again."""
+
+    @property
+    def values(self) -> dict[str, Scalar]:
+        return {name: hyper.value for name, hyper in self.hyper.items()}
