@@ -1,0 +1,68 @@
+# Two commands for a newcomer: `make demo` and `make test`; both make .venv on their first run.
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+# Nothing is fetched from a model hub, by the tests or by the demo.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all bench lint format clean
+
+help:
+	@echo "make demo      adapt, train, fold and export a real pretrained model (all-MiniLM-L6-v2)"
+	@echo "make test      the fast tests"
+	@echo "make test-all  every test, the slow ones too"
+	@echo "make bench     the measurements"
+	@echo "make lint      ruff and pyright"
+	@echo "make clean     remove .venv and everything built"
+	@echo "PYTHON=python3.12 make ... chooses the Python that .venv is made with"
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: a later requirement that 2.13.0 satisfies then leaves the installed build alone.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[test,train,demo]"
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow and not bench"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not bench"
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q -m bench -s
+
+# pyright knows nothing of setuptools' package-dir, so passes/ and rules/ are linked to where they install.
+lint: $(DEV_STAMP)
+	@mkdir -p build/typing/peftc && touch build/typing/peftc/__init__.py
+	@ln -sfn ../../../passes build/typing/peftc/passes
+	@ln -sfn ../../../rules build/typing/peftc/rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info peftc-out merged demo-out .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
