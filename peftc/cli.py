@@ -1,0 +1,267 @@
+"""The command line: reads arguments, calls the driver, prints what it reports.
+
+Nothing here imports torch or transformers before a command runs, so `--help` answers at once. A mistake of the
+user (`PeftcError`) ends as diagnostics on stderr and exit code 2, a failed parity check as exit code 3, Ctrl-C as
+exit code 130; any other exception is a bug and keeps its traceback.
+
+    $ peftc apply mam MODEL_DIR && peftc merge --export onnx
+"""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+from typer.core import TyperGroup
+
+import peftc
+from peftc.diagnostics import Diagnostic, PeftcError, fail
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+USER_ERROR, PARITY_FAILED, INTERRUPTED = 2, 3, 130
+
+
+class Report(Protocol):
+    """What every driver function returns."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+    def render(self, console: Console) -> None: ...
+
+
+class Commands(TyperGroup):
+    """Turns what a command raises into an exit code, for `main` and for tests alike."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PeftcError as error:
+            _print_diagnostics(error.diagnostics)
+            failed_parity = any(d.code == "E039" for d in error.diagnostics)
+            raise typer.Exit(PARITY_FAILED if failed_parity else USER_ERROR) from error
+        except KeyboardInterrupt as stop:
+            typer.echo("peftc: interrupted; nothing half-written was left behind", err=True)
+            raise typer.Exit(INTERRUPTED) from stop
+
+
+class Export(str, Enum):
+    """What `merge` can write."""
+
+    hf = "hf"
+    onnx = "onnx"
+
+
+app = typer.Typer(
+    name="peftc",
+    cls=Commands,
+    help="Graft the deltas of a rule into a pretrained model, train them, fold them away, export to ONNX.",
+    epilog="Example: [bold]peftc apply mam MODEL_DIR[/bold], then [bold]peftc merge --export onnx[/bold].",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+RuleArgument = Annotated[
+    str, typer.Argument(metavar="RULE", help="A rule file, or the name of a rule of the library.", show_default=False)
+]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory on this machine.", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Set a hyperparameter of the rule; may be repeated."),
+]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--head",
+        metavar="HEAD",
+        help="The model's class: base, causal-lm, masked-lm, seq2seq-lm, sequence-classification, "
+        "token-classification, ... By default the class that config.json names.",
+        show_default=False,
+    ),
+]
+LabelsOption = Annotated[
+    int | None, typer.Option("--num-labels", min=1, help="Number of classes of a classification head.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no report.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"peftc {peftc.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: [bold]peftc apply rules/mam.yaml MODEL_DIR -o peftc-out --set r=64 --set l=16[/bold]")
+def apply(
+    rule: RuleArgument,
+    model_dir: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The delta directory to write.")] = Path("peftc-out"),
+    sets: SetOption = None,
+    head: HeadOption = None,
+    num_labels: LabelsOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the deltas' initial values.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT even if peftc did not write it.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Graft a rule's deltas into a model and write them as a delta directory; the model's weights are not read."""
+    values = parse_sets(sets)
+    from peftc import driver
+    from peftc.progress import terminal_progress
+
+    with terminal_progress(quiet=quiet) as progress:
+        report = driver.apply(
+            rule,
+            model_dir,
+            out,
+            sets=values,
+            head=head,
+            num_labels=num_labels,
+            seed=seed,
+            force=force,
+            progress=progress,
+        )
+    if not quiet:
+        _show(report)
+
+
+@app.command(epilog="Example: [bold]peftc merge peftc-out -o merged --export hf --export onnx[/bold]")
+def merge(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A delta directory.")] = Path("peftc-out"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")] = Path("merged"),
+    export: Annotated[
+        list[Export] | None,
+        typer.Option(
+            "--export", help="What to write; may be repeated. Default: hf, a plain transformers checkpoint."
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="MODEL_DIR", help="The base model, if it is no longer where `apply` found it."),
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Fold a delta directory into its base model, check the result against torch, and write it."""
+    from peftc import driver
+    from peftc.progress import terminal_progress
+
+    formats = {choice.value for choice in export or [Export.hf]}
+    with terminal_progress(quiet=quiet) as progress:
+        report = driver.merge(
+            directory, out, export=formats, base=None if base is None else str(base), progress=progress
+        )
+    if not quiet:
+        _show(report)
+
+
+@app.command(epilog="Example: [bold]peftc sites MODEL_DIR --head sequence-classification --num-labels 3[/bold]")
+def sites(
+    model_dir: ModelArgument,
+    head: HeadOption = None,
+    num_labels: LabelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a rule can reach in a model: its sites, their taps and dimensions."""
+    from peftc import driver
+
+    _show(driver.sites(model_dir, head=head, num_labels=num_labels), as_json=as_json)
+
+
+@app.command(epilog="Example: [bold]peftc plan mam MODEL_DIR --set r=64[/bold]")
+def plan(
+    rule: RuleArgument,
+    model_dir: ModelArgument,
+    sets: SetOption = None,
+    head: HeadOption = None,
+    num_labels: LabelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what `apply` would do, and what will fold and how; nothing is written."""
+    values = parse_sets(sets)
+    from peftc import driver
+
+    _show(driver.plan(rule, model_dir, values, head, num_labels), as_json=as_json)
+
+
+@app.command(epilog="Example: [bold]peftc rules --json[/bold]")
+def rules(as_json: JsonOption = False) -> None:
+    """List the rules of the library, one line each."""
+    from peftc.lang.loader import list_rules
+
+    library = list_rules()
+    if as_json:
+        _print_json([{"name": r.name, "doc": r.doc, "paper": r.paper, "hyper": r.values} for r in library])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rule", "what it is", "hyperparameters", box=None, pad_edge=False)
+    for rule in library:
+        hyper = " ".join(f"{name}={value}" for name, value in rule.values.items())
+        table.add_row(f"[bold]{rule.name}[/bold]", " ".join(rule.doc.split()), hyper)
+    Console().print(table)
+
+
+def parse_sets(texts: list[str] | None) -> dict[str, str]:
+    """`["r=64", "f=gelu"]` as `{"r": "64", "f": "gelu"}`; the last of equal names holds.
+
+    Raises:
+        PeftcError: E014 for a text that is not NAME=VALUE.
+    """
+    values = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            fail("E014", f"`--set {text}` is not NAME=VALUE", help="write it as --set r=64")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def _show(report: Report, *, as_json: bool = False) -> None:
+    if as_json:
+        _print_json(report.to_json())
+        return
+    from rich.console import Console
+
+    report.render(Console())
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_diagnostics(diagnostics: tuple[Diagnostic, ...]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for position, diagnostic in enumerate(diagnostics):
+        headline, *rest = diagnostic.render().split("\n")
+        style = "bold red" if diagnostic.severity == "error" else "bold yellow"
+        text = Text.assemble(*([("\n", "")] if position else []), (headline, style))
+        for line in rest:
+            text.append(f"\n{line}", "cyan" if line.startswith("   = help") else "")
+        console.print(text)
+
+
+def main() -> None:
+    """The entry point of the `peftc` command."""
+    app(prog_name="peftc")
