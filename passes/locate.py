@@ -1,0 +1,49 @@
+"""locate: fill the program's site table. See `peftc.locate` for the finders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from peftc.ir.program import Program
+from peftc.ir.sites import Linear, Site, as_linear
+from peftc.locate.attention import find_attention
+from peftc.locate.blocks import assign_blocks, model_site
+from peftc.locate.ffn import find_ffn
+from peftc.locate.plain import find_plain
+
+
+@dataclass(frozen=True, slots=True)
+class Locate:
+    """Find every site; roles of linear sites come from the attention or FFN they belong to."""
+
+    name: ClassVar[str] = "locate"
+
+    def apply(self, program: Program) -> None:
+        linears: dict[fx.Node, Linear] = {}
+        for node in program.graph.nodes:
+            linear = as_linear(program, node)
+            if linear is not None:
+                linears[node] = linear
+        attention = find_attention(program, linears)
+        taken = {linear.node for site in attention for linear in site.linears.values()}
+        composed = [*attention, *find_ffn(program, linears, taken)]
+        plain = find_plain(program, linears)
+        _assign_roles(composed, plain)
+        order = {node: index for index, node in enumerate(program.graph.nodes)}
+        found = sorted([*composed, *plain], key=lambda site: order[_anchor(site)])
+        blocks = assign_blocks(program, found)
+        program.sites = (*found, *blocks, model_site(program))
+
+
+def _anchor(site: Site) -> fx.Node:
+    return site.taps["out"].node
+
+
+def _assign_roles(composed: list[Site], plain: list[Site]) -> None:
+    roles = {linear.node: role for site in composed for role, linear in site.linears.items()}
+    for site in plain:
+        if site.kind == "linear":
+            site.role = roles.get(site.linears["out"].node, "other")

@@ -1,0 +1,66 @@
+"""normalize: bring every family's trace to few op shapes, so that the locator has little to know.
+
+- metadata assertions of the tracer are dropped;
+- view -> addmm -> view (a linear layer with its weight stored [in, out], GPT-2's Conv1D) becomes
+  `linear(x, transpose(W))`: the transpose records the layout;
+- what nothing uses any more is removed.
+
+The graph computes the same values before and after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from peftc.ir.builder import Builder
+from peftc.ir.program import Program, is_call, shape_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Normalize:
+    """See the module docstring."""
+
+    name: ClassVar[str] = "normalize"
+
+    def apply(self, program: Program) -> None:
+        graph = program.graph
+        for node in list(graph.nodes):
+            if is_call(node, aten._assert_tensor_metadata.default) or _is_runtime_assert(node):
+                graph.erase_node(node)
+        for node in list(graph.nodes):
+            if is_call(node, aten.addmm.default):
+                _addmm_to_linear(program, node)
+        graph.eliminate_dead_code()
+
+
+def _is_runtime_assert(node: fx.Node) -> bool:
+    return is_call(node, aten._assert_scalar.default, aten._assert_async.msg)
+
+
+def _addmm_to_linear(program: Program, node: fx.Node) -> None:
+    bias, flat, weight = node.args[:3]
+    if node.kwargs or not all(isinstance(arg, fx.Node) for arg in (bias, flat, weight)):
+        return
+    assert isinstance(flat, fx.Node) and isinstance(weight, fx.Node)
+    if program.parameter_name(weight) is None or not is_call(flat, aten.view.default, aten.reshape.default):
+        return
+    unflatten = next(iter(node.users))
+    if len(node.users) != 1 or not is_call(unflatten, aten.view.default, aten.reshape.default):
+        return
+    x = flat.args[0]
+    assert isinstance(x, fx.Node)
+    if shape_of(x)[:-1] != shape_of(unflatten)[:-1]:
+        return
+    builder = Builder(program, unflatten, label="", like=node)
+    linear = builder.call(aten.linear.default, x, builder.call(aten.transpose.int, weight, 0, 1), bias)
+    for written in builder.nodes:
+        written.meta.pop("custom")
+    unflatten.replace_all_uses_with(linear)
+    for dead in (unflatten, node):
+        program.graph.erase_node(dead)

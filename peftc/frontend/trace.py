@@ -1,0 +1,192 @@
+"""The frontend: model class + config + input names -> `Program`, on the meta device.
+
+The trace is made by transformers' own `DynamoExporter`, in train mode (so that dropout survives), with symbolic
+batch and sequence axes and no weight anywhere: parameters live on the meta device, and only the buffers that a
+model computes from its config (rotary frequencies, position ids) have values. One trace serves one set of inputs.
+
+    skeleton = build_skeleton(LlamaForCausalLM, config)
+    program = trace(skeleton, default_inputs(skeleton))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from peftc.diagnostics import fail
+from peftc.ir.program import Program, is_call
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+LABELS = "loss_labels"
+"""The exporter refuses an input called `labels`; the graph's loss input has this name instead."""
+
+_BATCH, _SEQUENCE, _TARGET = 3, 11, 13  # sample sizes: distinct, and unlikely to equal a model's own dimension
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One tensor input: `sizes` holds "batch", "sequence", "target" (symbolic axes) or an int."""
+
+    dtype: torch.dtype
+    sizes: tuple[str | int, ...]
+
+
+@dataclass(slots=True)
+class Skeleton:
+    """A model without weights: parameters on meta, `buffers` with their values."""
+
+    model: PreTrainedModel
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+
+def build_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Skeleton:
+    """Build `cls(config)` with no memory for its parameters, in `dtype` (default: the config's)."""
+    from accelerate import init_empty_weights
+
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+        model = cls(config)
+        model.tie_weights()
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    model.to("meta")
+    return Skeleton(model.train(), buffers)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def default_inputs(model: PreTrainedModel) -> dict[str, InputSpec]:
+    """The inputs that people call such a model with, from its class: ids and mask, pixels, features."""
+    accepted = forward_arguments(type(model))
+    ids = InputSpec(torch.long, ("batch", "sequence"))
+    inputs: dict[str, InputSpec] = {}
+    if model.main_input_name == "pixel_values":
+        inputs["pixel_values"] = InputSpec(model.dtype, ("batch", *_image_shape(model.config)))
+    elif model.main_input_name == "input_features":
+        frames = 2 * getattr(model.config, "max_source_positions", 1500)
+        inputs["input_features"] = InputSpec(model.dtype, ("batch", getattr(model.config, "num_mel_bins", 80), frames))
+    elif model.main_input_name == "input_values":
+        inputs["input_values"] = InputSpec(model.dtype, ("batch", 4000))
+    else:
+        inputs["input_ids"] = ids
+        if "attention_mask" in accepted:
+            inputs["attention_mask"] = ids
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = InputSpec(torch.long, ("batch", "target"))
+    if "pixel_values" in accepted and "input_ids" in inputs and hasattr(model.config, "vision_config"):
+        inputs["pixel_values"] = InputSpec(model.dtype, ("batch", *_image_shape(model.config.vision_config)))
+    return inputs
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return (getattr(config, "num_channels", 3), int(height), int(width))
+
+
+def forward_arguments(cls: type) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(cls.forward).parameters)
+
+
+def sample(spec: InputSpec, device: str = "meta") -> torch.Tensor:
+    """A tensor of the sizes the trace is made with."""
+    sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "target": _TARGET}
+    return torch.ones([sizes.get(s, s) if isinstance(s, str) else s for s in spec.sizes], dtype=spec.dtype, device=device)
+
+
+_UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
+"""What torch.export raises, and what a model's own forward raises, when the model cannot be traced."""
+
+
+def _read(node: fx.Node) -> bool:
+    """Whether anything but a chain of in-place detaches reads the node."""
+    return any(user.op == "output" or not is_call(user, torch.ops.aten.detach_.default) or user.users for user in node.users)
+
+
+def trace(
+    skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[str, Any] | None = None
+) -> Program:
+    """Trace the skeleton for these inputs into a `Program`.
+
+    `flags` are the non-tensor keyword arguments (`output_hidden_states`, ...). A `labels` input gives a graph whose
+    first output is the loss. Raises `PeftcError` E038 when torch.export cannot trace the model.
+    """
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    model = skeleton.model
+    renamed = {LABELS if name == "labels" else name: spec for name, spec in inputs.items()}
+    auto = torch.export.Dim.AUTO
+    shapes = {n: {i: auto for i, size in enumerate(s.sizes) if isinstance(size, str)} for n, s in renamed.items()}
+    tensors: dict[str, Any] = {name: sample(spec) for name, spec in renamed.items()}
+    settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+    with _quiet(), _called_with(model, {"use_cache": False, **(flags or {})}):
+        try:
+            exported = DynamoExporter().export(model, tensors, config=settings).program
+        except _UNTRACEABLE as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            fail(
+                "E038",
+                f"torch.export cannot trace {type(model).__name__} for the inputs {', '.join(inputs)}: {reason[0]}",
+                help="try another head (--head) or other inputs; the model class itself must be traceable",
+            )
+    program = Program.from_exported(exported)
+    used = {binding.name for node, binding in program.bindings.items() if binding.kind == "constant" and _read(node)}
+    lost = [name for name in used if program.constants[name].device.type == "meta"]
+    if lost:
+        fail("E038", f"{type(model).__name__} makes the constants {', '.join(lost)} on the device of its weights")
+    return program
+
+
+@contextlib.contextmanager
+def _called_with(model: PreTrainedModel, flags: Mapping[str, Any]) -> Iterator[None]:
+    """Let the model take its labels under the name the exporter admits, and the flags as constants."""
+    original = model.forward
+    accepted = forward_arguments(type(model))
+    fixed = {name: value for name, value in flags.items() if name in accepted or "kwargs" in accepted}
+
+    def forward(**kwargs: Any) -> Any:
+        if LABELS in kwargs:
+            kwargs["labels"] = kwargs.pop(LABELS)
+        return original(**kwargs, **fixed)
+
+    model.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        model.forward = original  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns that it is experimental at every call; peftc pins and tests the versions itself."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

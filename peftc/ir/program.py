@@ -1,0 +1,245 @@
+"""`Program`: a traced model on its way through the passes.
+
+It holds the torch.fx graph of a `torch.export.ExportedProgram`, in which parameters, buffers and constants are
+placeholders under their state-dict names, and beside the graph what the passes learn and do: the site table and
+the ledger of inserted deltas. Invariant: the placeholders come in the order parameters, buffers, constants, user
+inputs, and `bindings` names the state-dict entry (or the user input) behind every one of them.
+
+Passes change a program in place; the graph never holds a weight, so this costs no memory.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.export import ExportedProgram
+
+    from peftc.ir.sites import Site
+
+BindingKind = Literal["parameter", "buffer", "constant", "input"]
+
+_KINDS: dict[InputKind, BindingKind] = {
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+    InputKind.USER_INPUT: "input",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What a placeholder stands for: a state-dict entry or a user input, by name."""
+
+    kind: BindingKind
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """How a parameter starts: an entry of `peftc.lang.ops.INITS` with its numbers."""
+
+    name: str
+    arguments: tuple[float, ...] = ()
+
+    @property
+    def is_zero(self) -> bool:
+        return self.name == "zeros" or (self.name == "constant" and self.arguments == (0.0,))
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaParameter:
+    """A parameter that a delta brings: its state-dict name, shape, dtype and how it starts."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    init: Init
+    frozen: bool = False
+    delta: str = ""
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(slots=True)
+class Insertion:
+    """A ledger entry: one delta at one tap of one site, as it stands in the graph.
+
+    `before` is h, `after` the composed h' that took its place; `x` and `dh` are the delta's input and output.
+    `lowering` is "expression", "concat" or "gated" (attention over a prefix) or "prepend" (prompt tokens).
+    """
+
+    delta: str
+    site: Site
+    tap: str
+    lowering: str
+    before: fx.Node
+    after: fx.Node
+    x: fx.Node | None
+    dh: fx.Node | None
+    nodes: tuple[fx.Node, ...]
+    parameters: tuple[str, ...]
+    constants: tuple[fx.Node, ...] = ()
+    """Nodes that depend on parameters alone and feed the delta (reparameterised prefixes)."""
+
+
+@dataclass(slots=True)
+class Program:
+    """A traced model with its sites and its ledger. See the module docstring."""
+
+    exported: ExportedProgram
+    graph_module: fx.GraphModule
+    bindings: dict[fx.Node, Binding]
+    constants: dict[str, torch.Tensor]
+    """Lifted constants of the trace that are in no state dict, with their values."""
+    sites: tuple[Site, ...] = ()
+    ledger: list[Insertion] = field(default_factory=list)
+    delta_parameters: dict[str, DeltaParameter] = field(default_factory=dict)
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """A tap's node to the node that now carries its value."""
+
+    @classmethod
+    def from_exported(cls, exported: ExportedProgram) -> Program:
+        module = exported.graph_module
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        bindings = {
+            node: Binding(_KINDS[spec.kind], spec.target if spec.target is not None else node.name)
+            for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True)
+        }
+        constants = {
+            binding.name: exported.constants[binding.name]
+            for binding in bindings.values()
+            if binding.kind == "constant"
+        }
+        return cls(exported, module, bindings, constants)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        """The mode whose fake tensors carry the shapes of the graph."""
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+                return value.fake_mode  # pyright: ignore[reportAttributeAccessIssue]
+        raise RuntimeError("the graph carries no fake tensors")
+
+    def placeholders(self, kind: BindingKind) -> dict[str, fx.Node]:
+        """Placeholders of one kind, by name, in graph order."""
+        return {b.name: node for node, b in self.bindings.items() if b.kind == kind}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the user inputs in graph order."""
+        return tuple(self.placeholders("input"))
+
+    @property
+    def output_node(self) -> fx.Node:
+        return self.graph.output_node()
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node that now carries the value `node` had in the base graph."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def parameter_name(self, node: fx.Node) -> str | None:
+        """The state-dict name behind a placeholder, or None when it is not a parameter."""
+        binding = self.bindings.get(node)
+        return binding.name if binding and binding.kind == "parameter" else None
+
+    def add_parameter(self, parameter: DeltaParameter) -> fx.Node:
+        """A placeholder for a new parameter, after the last parameter; the same node when it exists (shared)."""
+        existing = self.placeholders("parameter").get(parameter.name)
+        if existing is not None:
+            return existing
+        last = list(self.placeholders("parameter").values())[-1]
+        name = "p_" + "".join(c if c.isalnum() else "_" for c in parameter.name)
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(parameter.shape, dtype=parameter.dtype, device=last.meta["val"].device)
+        bindings: dict[fx.Node, Binding] = {}
+        for key, binding in self.bindings.items():
+            bindings[key] = binding
+            if key is last:
+                bindings[node] = Binding("parameter", parameter.name)
+        self.bindings = bindings
+        self.delta_parameters[parameter.name] = parameter
+        return node
+
+    def to_exported(self, state: Mapping[str, torch.Tensor]) -> ExportedProgram:
+        """An `ExportedProgram` of the graph as it stands, bound to `state` (every parameter and buffer)."""
+        from torch.export import ExportedProgram
+
+        specs: list[InputSpec] = []
+        kinds = {kind: input_kind for input_kind, kind in _KINDS.items()}
+        persistent = {name: True for name in self.exported.graph_signature.buffers}
+        persistent.update(dict.fromkeys(self.exported.graph_signature.non_persistent_buffers, False))
+        for node, binding in self.bindings.items():
+            target = None if binding.kind == "input" else binding.name
+            flag = persistent.get(binding.name, True) if binding.kind == "buffer" else None
+            specs.append(InputSpec(kinds[binding.kind], TensorArgument(node.name), target, flag))
+        signature = ExportGraphSignature(specs, self._output_specs())
+        held = {b.name: state[b.name] for b in self.bindings.values() if b.kind == "parameter"}
+        constants = dict(self.constants)
+        for binding in self.bindings.values():
+            if binding.kind == "buffer":
+                (held if persistent[binding.name] else constants)[binding.name] = state[binding.name]
+        return ExportedProgram(
+            root=self.graph_module,
+            graph=self.graph,
+            graph_signature=signature,
+            state_dict=held,
+            range_constraints=self.exported.range_constraints,
+            module_call_graph=self.exported.module_call_graph,
+            example_inputs=None,
+            constants=constants,
+        )
+
+    def _output_specs(self) -> list[Any]:
+        from torch.export.graph_signature import OutputKind, OutputSpec
+
+        return [
+            OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
+            for node in self.output_node.args[0]  # pyright: ignore[reportGeneralTypeIssues]
+        ]
+
+
+def is_call(node: object, *targets: object) -> bool:
+    """Whether `node` is a call of one of `targets` (aten overloads or overload packets)."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    return any(node.target is target or (packet is not None and packet is target) for target in targets)
+
+
+def is_getitem(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is operator.getitem
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The traced shape: ints, and SymInts for symbolic axes."""
+    return tuple(node.meta["val"].shape)
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module whose forward made `node`, "" for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    return paths[-1] if paths else ""

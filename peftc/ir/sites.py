@@ -1,0 +1,172 @@
+"""Sites and taps: where in a graph a delta can be put.
+
+A *site* is a place found by dataflow (an attention, an FFN, a linear layer, ...); a *tap* is a named value of it,
+the representation that a delta reads or modifies. A tap remembers the layout its node has in the graph; `read`
+gives the value in the canonical layout that rules are written against ([.., d] for most taps, [B, heads, S,
+head_dim] for `heads`, [d_out, d_in] for weights) and `write` puts a new value in its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import fx
+
+from peftc.ir.program import is_call, shape_of
+
+if TYPE_CHECKING:
+    from peftc.ir.attention import Region
+    from peftc.ir.builder import Builder
+    from peftc.ir.program import Program
+
+aten = torch.ops.aten
+
+Layout = Literal["flat", "bshd", "bhsd", "transposed"]
+"""flat: as it is; bshd, bhsd: heads split from a flat representation; transposed: a weight stored [in, out]."""
+
+SITE_KINDS = ("attention", "ffn", "linear", "embedding", "conv", "norm", "block", "model")
+
+SITE_TAPS: dict[str, tuple[str, ...]] = {
+    "attention": ("x", "ctx", "q", "k", "v", "heads", "concat", "out"),
+    "ffn": ("x", "gate", "up", "mid", "out", "residual"),
+    "linear": ("x", "out", "weight", "bias"),
+    "embedding": ("out", "weight"),
+    "conv": ("x", "out", "weight", "bias"),
+    "norm": ("x", "out", "weight", "bias"),
+    "block": ("x", "out"),
+    "model": ("embeddings", "logits"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A named value of a site. `user` limits a replacement to one consumer (a weight that is tied elsewhere)."""
+
+    name: str
+    node: fx.Node
+    layout: Layout = "flat"
+    user: fx.Node | None = None
+
+    def read(self, program: Program, builder: Builder) -> fx.Node:
+        """The tap's value in canonical layout (new nodes only when the graph holds another layout)."""
+        node = program.current(self.node)
+        if self.layout == "transposed":
+            return builder.call(aten.transpose.int, node, 0, 1)
+        if self.layout == "bhsd":
+            node = builder.call(aten.transpose.int, node, 1, 2)
+        if self.layout in ("bhsd", "bshd"):
+            return builder.call(aten.flatten.using_ints, node, -2, -1)
+        return node
+
+    def write(self, program: Program, builder: Builder, value: fx.Node) -> fx.Node:
+        """Make every user of the tap read `value` (canonical layout); returns the node that replaced the tap's."""
+        old = program.current(self.node)
+        if self.layout == "transposed":
+            value = builder.call(aten.transpose.int, value, 0, 1)
+        elif self.layout in ("bhsd", "bshd"):
+            heads, width = shape_of(self.node)[2 if self.layout == "bshd" else 1], shape_of(self.node)[-1]
+            value = builder.call(aten.unflatten.int, value, -1, [heads, width])
+            if self.layout == "bhsd":
+                value = builder.call(aten.transpose.int, value, 1, 2)
+        own = set(builder.nodes)
+        if self.user is not None:
+            self.user.replace_input_with(old, value)
+        else:
+            old.replace_all_uses_with(value, delete_user_cb=lambda user: user not in own)
+            program.replaced[old] = value
+        return value
+
+    @property
+    def width(self) -> int:
+        """The last axis of the canonical value."""
+        shape = shape_of(self.node)
+        if self.layout == "transposed":
+            return int(shape[0])
+        return int(shape[-1] * (shape[-2] if self.layout == "bshd" else shape[1] if self.layout == "bhsd" else 1))
+
+    @property
+    def canonical_shape(self) -> tuple[object, ...]:
+        shape = shape_of(self.node)
+        if self.layout == "transposed":
+            return (shape[1], shape[0])
+        if self.layout == "bhsd":
+            return (shape[0], shape[2], shape[1] * shape[3])
+        return (*shape[:-2], shape[-2] * shape[-1]) if self.layout == "bshd" else shape
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A matrix product with a weight of the checkpoint: `node` = x Wᵀ + b.
+
+    `transposed` says that the checkpoint stores the weight as [in, out] (GPT-2's Conv1D).
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    weight_name: str
+    transposed: bool
+    bias: fx.Node | None
+    bias_name: str | None
+    weight_operand: fx.Node
+    """The operand of `node` that carries the weight: the placeholder, or its transpose."""
+
+    @property
+    def d_in(self) -> int:
+        return int(shape_of(self.weight)[0 if self.transposed else 1])
+
+    @property
+    def d_out(self) -> int:
+        return int(shape_of(self.weight)[1 if self.transposed else 0])
+
+
+def as_linear(program: Program, node: fx.Node) -> Linear | None:
+    """`node` read as a linear layer with a checkpoint weight, or None."""
+    if not is_call(node, aten.linear.default):
+        return None
+    operand = node.args[1]
+    if not isinstance(operand, fx.Node) or not isinstance(node.args[0], fx.Node):
+        return None
+    weight, transposed = operand, False
+    while is_call(weight, aten.transpose.int, aten.t.default):
+        weight, transposed = weight.args[0], not transposed
+        assert isinstance(weight, fx.Node)
+    name = program.parameter_name(weight)
+    if name is None or weight.meta["val"].dim() != 2:
+        return None
+    bias = node.args[2] if len(node.args) > 2 else None
+    bias = bias if isinstance(bias, fx.Node) else None
+    bias_name = program.parameter_name(bias) if bias is not None else None
+    return Linear(node, node.args[0], weight, name, transposed, bias, bias_name, operand)
+
+
+@dataclass(slots=True)
+class Site:
+    """A place of one kind with its taps and dimensions.
+
+    `kind` is one of `SITE_KINDS`; `variant` is "self" or "cross" for an attention. `layer` counts blocks within a
+    `stack` ("encoder" or "decoder"), -1 outside of any block. `linears` are the site's own projections by role.
+    """
+
+    kind: str
+    path: str
+    taps: dict[str, Tap]
+    dims: dict[str, int | bool] = field(default_factory=dict)
+    layer: int = -1
+    stack: str = "encoder"
+    variant: str = ""
+    causal: bool = False
+    role: str = ""
+    block: str = ""
+    linears: dict[str, Linear] = field(default_factory=dict)
+    region: Region | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a tap that such a site may have is not here."""
+
+    def describe(self) -> str:
+        words = [self.kind]
+        if self.variant:
+            words.insert(0, self.variant)
+        return f"{' '.join(words)} {self.path or '(root)'}"

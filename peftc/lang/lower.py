@@ -1,0 +1,280 @@
+"""Lowering: an expression of a rule becomes a torch.fx subgraph.
+
+Names resolve in an environment of nodes (tensors), static values (numbers, booleans, words) and None (a parameter
+whose condition is false). Arithmetic on static values is done here and leaves no node. Each op runs on fake tensors
+as it is written; what torch refuses is reported at the expression, with the shapes of both operands.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftc.diagnostics import did_you_mean, fail
+from peftc.ir.builder import Builder
+from peftc.lang.rule import Expr
+
+aten = torch.ops.aten
+
+Value = Any
+"""fx.Node, int, float, bool, str, None, or a list of those."""
+
+_BINARY: dict[type[ast.operator], tuple[Callable[[Any, Any], Any], Any]] = {
+    ast.Add: (operator.add, aten.add.Tensor),
+    ast.Sub: (operator.sub, aten.sub.Tensor),
+    ast.Mult: (operator.mul, aten.mul.Tensor),
+    ast.Div: (operator.truediv, aten.div.Tensor),
+    ast.MatMult: (operator.matmul, aten.matmul.default),
+    ast.Pow: (operator.pow, aten.pow.Tensor_Scalar),
+    ast.FloorDiv: (operator.floordiv, None),
+    ast.Mod: (operator.mod, None),
+}
+
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
+
+
+class Lowering:
+    """Lowers the expressions of one delta at one site; `place` names the site in error messages."""
+
+    def __init__(self, builder: Builder, env: Mapping[str, Value], place: str) -> None:
+        self.builder = builder
+        self.env = dict(env)
+        self.place = place
+        self._expr: Expr | None = None
+
+    def lower(self, expr: Expr) -> Value:
+        """The value of `expr`: a node, or a static value. Raises `PeftcError` E013 where shapes do not fit."""
+        previous, self._expr = self._expr, expr
+        try:
+            return self._visit(expr.tree)
+        finally:
+            self._expr = previous
+
+    def tensor(self, expr: Expr) -> fx.Node:
+        """The value of `expr`, which must be a tensor."""
+        value = self.lower(expr)
+        if not isinstance(value, fx.Node):
+            fail("E009", f"`{expr.text}` is {value!r}, not a tensor", span=expr.span)
+        return value
+
+    def _visit(self, node: ast.expr) -> Value:
+        match node:
+            case ast.Constant(value=value):
+                return value
+            case ast.Name(id=name):
+                return self._name(node, name)
+            case ast.BinOp(left=left, op=op, right=right):
+                return self._binary(node, op, self._visit(left), self._visit(right))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                value = self._visit(operand)
+                return self._call(node, aten.neg.default, value) if isinstance(value, fx.Node) else -value
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not self._static(operand)
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                return self._visit(body if self._static(test) else orelse)
+            case ast.Compare(left=left, ops=ops, comparators=comparators):
+                return self._compare(left, ops, comparators)
+            case ast.BoolOp(op=op, values=values):
+                results = (self._static(value) for value in values)
+                return all(results) if isinstance(op, ast.And) else any(results)
+            case ast.Call():
+                return self._op(node)
+            case ast.Attribute(value=value, attr="T"):
+                return self._call(node, aten.transpose.int, self._visit(value), -2, -1)
+            case ast.Subscript(value=value, slice=index):
+                return self._subscript(node, self._visit(value), index)
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                return [self._visit(item) for item in items]
+        fail("E011", f"`{ast.unparse(node)}` is not admitted in an expression", span=self._span(node))
+
+    def _span(self, node: ast.AST) -> Any:
+        return self._expr.span_of(node) if self._expr is not None else None
+
+    def _name(self, node: ast.expr, name: str) -> Value:
+        if name not in self.env:
+            fail("E008", f"unknown name `{name}`", span=self._span(node), help=did_you_mean(name, self.env))
+        return self.env[name]
+
+    def _static(self, node: ast.expr) -> Any:
+        value = self._visit(node)
+        if isinstance(value, fx.Node):
+            fail(
+                "E009",
+                f"`{ast.unparse(node)}` is a tensor; a condition must be known when the graph is written",
+                span=self._span(node),
+            )
+        return value
+
+    def _compare(self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr]) -> bool:
+        first = self._static(left)
+        for op, comparator in zip(ops, comparators, strict=True):
+            second = self._static(comparator)
+            if not _COMPARE[type(op)](first, second):
+                return False
+            first = second
+        return True
+
+    def _binary(self, node: ast.expr, op: ast.operator, left: Value, right: Value) -> Value:
+        static, target = _BINARY[type(op)]
+        if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
+            try:
+                return static(left, right)
+            except (TypeError, ZeroDivisionError, OverflowError) as error:
+                fail("E009", f"`{ast.unparse(node)}`: {error}", span=self._span(node))
+        if target is None:
+            fail("E011", "`//` and `%` are for sizes, not for tensors", span=self._span(node))
+        if isinstance(op, ast.Pow) and isinstance(right, fx.Node):
+            fail("E011", "an exponent must be a number", span=self._span(node))
+        if isinstance(left, fx.Node):
+            return self._call(node, target, left, right)
+        if isinstance(op, ast.Sub):
+            return self._call(node, aten.add.Tensor, self._call(node, aten.neg.default, right), left)
+        if isinstance(op, ast.Div):
+            return self._call(node, aten.mul.Tensor, self._call(node, aten.reciprocal.default, right), left)
+        return self._call(node, target, right, left)
+
+    def _subscript(self, node: ast.expr, value: Value, index: ast.expr) -> Value:
+        items = index.elts if isinstance(index, ast.Tuple) else [index]
+        axis = 0
+        for item in items:
+            if isinstance(item, ast.Slice):
+                start = self._static(item.lower) if item.lower else 0
+                stop = self._static(item.upper) if item.upper else 2**63 - 1
+                if (start, stop) != (0, 2**63 - 1):
+                    value = self._call(node, aten.slice.Tensor, value, axis, start, stop)
+                axis += 1
+            else:
+                value = self._call(node, aten.select.int, value, axis, self._static(item))
+        return value
+
+    def _op(self, node: ast.Call) -> Value:
+        assert isinstance(node.func, ast.Name)
+        name = node.func.id
+        if isinstance(self.env.get(name), str):  # a word argument of the form, such as f: relu
+            name = self.env[name]
+        write = _OPS.get(name)
+        if write is None:
+            fail("E007", f"unknown op `{name}`", span=self._span(node.func), help=did_you_mean(name, _OPS))
+        args = [self._visit(arg) for arg in node.args]
+        kwargs = {kw.arg: self._visit(kw.value) for kw in node.keywords if kw.arg}
+        return self._guard(node, args, lambda: write(self.builder, *args, **kwargs))
+
+    def _call(self, node: ast.expr, target: Any, *args: Value) -> fx.Node:
+        return self._guard(node, list(args), lambda: self.builder.call(target, *args))
+
+    def _guard(self, node: ast.expr, args: list[Value], write: Callable[[], fx.Node]) -> fx.Node:
+        try:
+            return write()
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            shapes = ", ".join(_describe(arg) for arg in args if isinstance(arg, (fx.Node, type(None))))
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            fail(
+                "E013",
+                f"`{ast.unparse(node)}` does not fit at {self.place}: operands {shapes}",
+                span=self._span(node),
+                help=_transpose_hint(args) or reason[0][:200],
+            )
+
+
+def _describe(value: Value) -> str:
+    if value is None:
+        return "None (a parameter whose `if` is false)"
+    return f"[{', '.join(str(size) for size in value.meta['val'].shape)}]"
+
+
+def _transpose_hint(args: list[Value]) -> str | None:
+    """When swapping the last operand's axes would make a product fit, say so."""
+    nodes = [arg for arg in args if isinstance(arg, fx.Node)]
+    if len(nodes) < 2:
+        return None
+    left, right = nodes[0].meta["val"].shape, nodes[1].meta["val"].shape
+    if len(right) == 2 and len(left) and left[-1] in (right[0], right[1]):
+        return "the axes look swapped: transpose the second operand with `.T`? (linear takes W as [out, in])"
+    return None
+
+
+def _unary(target: Any) -> Callable[..., fx.Node]:
+    return lambda builder, x: builder.call(target, x)
+
+
+def _reduce(target: Any) -> Callable[..., fx.Node]:
+    return lambda builder, x, dim=-1: builder.call(target, x, [dim], True)
+
+
+def _split_heads(builder: Builder, x: fx.Node, heads: int) -> fx.Node:
+    width = x.meta["val"].shape[-1] // heads
+    return builder.call(aten.transpose.int, builder.call(aten.unflatten.int, x, -1, [heads, width]), -3, -2)
+
+
+def _merge_heads(builder: Builder, x: fx.Node) -> fx.Node:
+    return builder.call(aten.flatten.using_ints, builder.call(aten.transpose.int, x, -3, -2), -2, -1)
+
+
+def _layer_norm(builder: Builder, x: fx.Node, weight: Value, bias: Value, eps: float = 1e-5) -> fx.Node:
+    return builder.call(aten.layer_norm.default, x, [x.meta["val"].shape[-1]], weight, bias, eps, False)
+
+
+def _rms_norm(builder: Builder, x: fx.Node, weight: Value, eps: float = 1e-6) -> fx.Node:
+    square = builder.call(aten.mean.dim, builder.call(aten.pow.Tensor_Scalar, x, 2), [-1], True)
+    scale = builder.call(aten.rsqrt.default, builder.call(aten.add.Tensor, square, eps))
+    return builder.call(aten.mul.Tensor, builder.call(aten.mul.Tensor, x, scale), weight)
+
+
+def _linear(builder: Builder, x: fx.Node, weight: fx.Node, bias: Value = None) -> fx.Node:
+    return builder.call(aten.linear.default, x, weight, bias)
+
+
+def _dropout(builder: Builder, x: fx.Node, p: float) -> fx.Node:
+    return builder.call(aten.dropout.default, x, float(p), True) if p else x
+
+
+_OPS: dict[str, Callable[..., Any]] = {
+    "linear": _linear,
+    "matmul": lambda b, x, y: b.call(aten.matmul.default, x, y),
+    "einsum": lambda b, spec, *xs: b.call(aten.einsum.default, spec, list(xs)),
+    "transpose": lambda b, x, i, j: b.call(aten.transpose.int, x, i, j),
+    "reshape": lambda b, x, sizes: b.call(aten.reshape.default, x, sizes),
+    "unsqueeze": lambda b, x, axis: b.call(aten.unsqueeze.default, x, axis),
+    "squeeze": lambda b, x, axis: b.call(aten.squeeze.dim, x, axis),
+    "concat": lambda b, *xs, dim=-1: b.call(aten.cat.default, list(xs), dim),
+    "stack": lambda b, *xs, dim=0: b.call(aten.stack.default, list(xs), dim),
+    "split_heads": _split_heads,
+    "merge_heads": _merge_heads,
+    "relu": _unary(aten.relu.default),
+    "gelu": _unary(aten.gelu.default),
+    "gelu_tanh": lambda b, x: b.call(aten.gelu.default, x, approximate="tanh"),
+    "silu": _unary(aten.silu.default),
+    "tanh": _unary(aten.tanh.default),
+    "sigmoid": _unary(aten.sigmoid.default),
+    "softplus": _unary(aten.softplus.default),
+    "identity": lambda b, x: x,
+    "softmax": lambda b, x, dim=-1: b.call(aten.softmax.int, x, dim),
+    "logsumexp": _reduce(aten.logsumexp.default),
+    "exp": _unary(aten.exp.default),
+    "log": _unary(aten.log.default),
+    "sqrt": _unary(aten.sqrt.default),
+    "rsqrt": _unary(aten.rsqrt.default),
+    "abs": _unary(aten.abs.default),
+    "sign": _unary(aten.sign.default),
+    "clamp": lambda b, x, low, high: b.call(aten.clamp.default, x, low, high),
+    "mean": _reduce(aten.mean.dim),
+    "sum": _reduce(aten.sum.dim_IntList),
+    "norm": lambda b, x, dim=-1: b.call(aten.linalg_vector_norm.default, x, 2, [dim], True),
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "dropout": _dropout,
+}

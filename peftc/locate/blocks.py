@@ -1,0 +1,135 @@
+"""Blocks, layers and stacks: which transformer layer a site belongs to.
+
+A block is the smallest repeated module (a path that ends in an index) around one self attention; without any
+attention, the first index in the path. Blocks are numbered in graph order within their stack. A stack is the
+encoder when its hidden states are what some cross attention attends to, or when nothing in it is causal.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx
+
+from peftc.ir.program import Program, is_call, module_path, shape_of
+from peftc.ir.sites import Site, Tap
+from peftc.locate.walk import DROPOUT, NORMS, VIEWS, backward
+
+aten = torch.ops.aten
+
+
+def assign_blocks(program: Program, sites: list[Site]) -> list[Site]:
+    """Fill in `block`, `layer`, `stack` of every site and return the block sites."""
+    selves = [site for site in sites if site.kind == "attention" and site.variant == "self"]
+    anchors = [site.path for site in selves] or [site.path for site in sites if site.kind == "ffn"]
+    blocks = _block_paths(anchors or [site.path for site in sites])
+    for site in sites:
+        site.block = next((block for block in blocks if _inside(site.path, block)), "")
+    _assign_stacks(sites, blocks)
+    counters: dict[str, int] = {}
+    layers: dict[str, int] = {}
+    stacks: dict[str, str] = {}
+    for site in sites:
+        if site.block and site.block not in layers:
+            layers[site.block] = counters.get(site.stack, 0)
+            stacks[site.block] = site.stack
+            counters[site.stack] = layers[site.block] + 1
+    for site in sites:
+        site.layer = layers.get(site.block, -1)
+        site.dims["layer"] = site.layer
+        site.dims["layers"] = counters.get(site.stack, 0)
+    found = [_block_site(program, block, sites) for block in layers]
+    for site in found:
+        site.layer, site.stack = layers[site.path], stacks[site.path]
+        site.dims.update(layer=site.layer, layers=counters[site.stack])
+    return found
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(block + ".")
+
+
+def _block_paths(paths: list[str]) -> list[str]:
+    """For each anchor the shortest prefix ending in an index that holds no second anchor."""
+    found: dict[str, None] = {}
+    for path in paths:
+        prefixes = [path[: match.end()] for match in re.finditer(r"(?<![^.])\d+(?=\.|$)", path)]
+        single = [p for p in prefixes if sum(_inside(other, p) for other in set(paths)) == 1]
+        if prefixes:
+            found[single[0] if single else prefixes[-1]] = None
+    return list(found)
+
+
+def _assign_stacks(sites: list[Site], blocks: list[str]) -> None:
+    crosses = [site for site in sites if site.variant == "cross"]
+    memory: set[fx.Node] = set()
+    if crosses:
+        memory = set(backward([site.taps["ctx"].node for site in crosses], lambda node: node.op == "placeholder"))
+    causal = {site.block for site in sites if site.causal}
+    for site in sites:
+        node = site.taps["out"].node if "out" in site.taps else site.taps["weight"].node
+        if crosses:
+            site.stack = "encoder" if node in memory else "decoder"
+        else:
+            site.stack = "decoder" if causal else "encoder"
+
+
+def _block_site(program: Program, block: str, sites: list[Site]) -> Site:
+    own = [site for site in sites if site.block == block]
+    width = next((int(site.dims["d_model"]) for site in own if "d_model" in site.dims), None)
+    inside = [node for node in program.graph.nodes if node.op == "call_function" and _inside(module_path(node), block)]
+    members = set(inside)
+
+    def hidden(node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) and value.is_floating_point() and shape_of(node)[-1:] == (width,)
+
+    leaving = [node for node in inside if hidden(node) and any(user not in members for user in node.users)]
+    contexts = {site.taps["ctx"].node for site in own if site.variant == "cross"}
+    entering: dict[fx.Node, None] = {}
+    for node in inside:
+        for operand in node.all_input_nodes:
+            if operand not in members and operand.op != "placeholder" and hidden(operand) and operand not in contexts:
+                entering[operand] = None
+    taps: dict[str, Tap] = {}
+    missing: dict[str, str] = {}
+    if leaving:
+        taps["out"] = Tap("out", leaving[-1])
+    else:
+        missing["out"] = "no hidden state leaves this block"
+    stream = [node for node in entering if not is_call(node, *VIEWS)] or list(entering)
+    if stream:
+        taps["x"] = Tap("x", stream[0])
+    dims: dict[str, int | bool] = {} if width is None else {"d_model": width}
+    return Site("block", block, taps, dims, block=block, missing=missing)
+
+
+def model_site(program: Program) -> Site:
+    """The whole graph: the token embeddings and the first output."""
+    taps: dict[str, Tap] = {}
+    missing: dict[str, str] = {}
+    ids = program.placeholders("input").get("input_ids")
+    table = None if ids is None else _embedding_of(ids)
+    if table is not None:
+        taps["embeddings"] = Tap("embeddings", table)
+    else:
+        missing["embeddings"] = "this model does not embed `input_ids`"
+    outputs = [n for n in program.output_node.args[0] if isinstance(n, fx.Node)]  # pyright: ignore
+    scores = [node for node in outputs if node.meta["val"].dim() > 0]
+    if scores:
+        taps["logits"] = Tap("logits", scores[0])
+    dims: dict[str, int | bool] = {} if table is None else {"d_model": int(shape_of(table)[-1])}
+    return Site("model", "", taps, dims, missing=missing)
+
+
+def _embedding_of(ids: fx.Node) -> fx.Node | None:
+    queue = [ids]
+    while queue:
+        node = queue.pop(0)
+        for user in node.users:
+            if is_call(user, aten.embedding.default) and user.args[1] is node:
+                return user
+            if is_call(user, *VIEWS, *DROPOUT, *NORMS):
+                queue.append(user)
+    return None

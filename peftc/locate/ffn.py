@@ -1,0 +1,137 @@
+"""The FFN finder: a linear whose input comes from one or two linears through an activation, joining a residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from peftc.ir.program import Program, is_call, is_getitem, module_path, shape_of
+from peftc.ir.sites import Linear, Site, Tap
+from peftc.locate.walk import (
+    DROPOUT,
+    NONLINEAR,
+    NORMS,
+    PIECES,
+    POINTWISE,
+    VIEWS,
+    backward,
+    common_path,
+    inputs_of,
+    is_piece,
+    reaches,
+    skip_back,
+)
+
+aten = torch.ops.aten
+
+
+def find_ffn(program: Program, linears: dict[fx.Node, Linear], taken: set[fx.Node]) -> list[Site]:
+    """Every FFN, in graph order; `taken` are linears that belong to an attention."""
+    sites = []
+    for down in linears.values():
+        if down.node not in taken:
+            site = _site(program, down, linears, taken)
+            if site is not None:
+                sites.append(site)
+    return sites
+
+
+def _site(program: Program, down: Linear, linears: dict[fx.Node, Linear], taken: set[fx.Node]) -> Site | None:
+    region = set(backward([down.x], lambda node: node in linears))
+    roots = [node for node in region if node in linears]
+    if not roots or len(roots) > 2 or any(root in taken for root in roots):
+        return None
+    inner = region - set(roots)
+    if not all(_admitted(program, node) for node in inner):
+        return None
+    if not any(is_call(node, *NONLINEAR) for node in inner):
+        return None
+    if len({skip_back(linears[root].x) for root in roots}) != 1:
+        return None
+    residual = _residual(program, down.node)
+    if residual is None:
+        return None
+    named = _sources(roots, inner, down.x)
+    if named is None:
+        return None
+    up = linears[roots[0]]
+    taps = {"x": Tap("x", up.x), "mid": Tap("mid", down.x), "out": Tap("out", down.node)}
+    taps.update({name: Tap(name, node) for name, node in named.items()})
+    taps["residual"] = Tap("residual", residual)
+    own = _named_linears(named, roots, linears)
+    own["down"] = down
+    path = common_path(module_path(linear.node) for linear in own.values())
+    dims: dict[str, int | bool] = {"d_model": up.d_in, "d_ff": down.d_in, "gated": "gate" in named}
+    missing = {} if "gate" in named else {"gate": "this FFN has no gate"}
+    return Site("ffn", path, taps, dims, linears=own, missing=missing)
+
+
+def _admitted(program: Program, node: fx.Node) -> bool:
+    if node.op == "placeholder":  # a per-channel scale or the sub-norm's weight
+        return program.parameter_name(node) is not None
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return True  # sizes for views, and the tuple of a split
+    return is_call(node, *VIEWS, *PIECES, *DROPOUT, *NONLINEAR, *POINTWISE, *NORMS) or is_getitem(node)
+
+
+def _sources(roots: list[fx.Node], inner: set[fx.Node], mid: fx.Node) -> dict[str, fx.Node] | None:
+    """The taps `up` and, in a gated FFN, `gate`: the stream with an activation between it and the product."""
+    pieces = [node for node in inner if is_piece(node) and skip_back(_origin(node)) in roots]
+    streams = _in_order(pieces if pieces else roots)
+    if len(streams) == 1:
+        return {"up": streams[0]}
+    if len(streams) != 2:
+        return None
+    activated = [s for s in streams if _activated_alone(s, streams, inner)]
+    gate = activated[0] if len(activated) == 1 else streams[0]
+    return {"gate": gate, "up": next(s for s in streams if s is not gate)}
+
+
+def _origin(piece: fx.Node) -> fx.Node:
+    """What a piece is cut from, through the split it indexes."""
+    source = piece.args[0]
+    assert isinstance(source, fx.Node)
+    if is_getitem(piece):
+        source = source.args[0]
+        assert isinstance(source, fx.Node)
+    return source
+
+
+def _in_order(nodes: list[fx.Node]) -> list[fx.Node]:
+    return sorted(nodes)
+
+
+def _activated_alone(stream: fx.Node, streams: list[fx.Node], inner: set[fx.Node]) -> bool:
+    others = [s for s in streams if s is not stream]
+    mine = reaches(stream, inner | {stream})
+    shared = set().union(*(reaches(other, inner | {other}) for other in others))
+    return any(is_call(node, *NONLINEAR) for node in mine - shared)
+
+
+def _named_linears(named: dict[str, fx.Node], roots: list[fx.Node], linears: dict[fx.Node, Linear]) -> dict[str, Linear]:
+    if "gate" not in named:
+        return {"up": linears[roots[0]]}
+    if len(roots) == 1:
+        return {"gate_up": linears[roots[0]]}
+    return {name: linears[node] for name, node in named.items()}
+
+
+def _residual(program: Program, node: fx.Node) -> fx.Node | None:
+    """The stream that the FFN's result is added to, or None when it joins no residual."""
+    width = shape_of(node)[-1]
+    queue, seen = [node], set()
+    while queue:
+        current = queue.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        for user in current.users:
+            if is_call(user, aten.add.Tensor, aten.add_.Tensor):
+                other = [n for n in inputs_of(user) if n is not current]
+                if len(other) == 1 and other[0].op != "placeholder" and shape_of(other[0])[-1:] == (width,):
+                    return skip_back(other[0], aten.to.dtype)
+            passes = (*VIEWS, *DROPOUT, *NORMS, aten.mul.Tensor, aten.pow.Tensor_Scalar, aten.mean.dim)
+            if is_call(user, *passes, aten.rsqrt.default, aten.add.Tensor, aten.add.Scalar, aten.index.Tensor):
+                if not is_call(user, aten.add.Tensor) or len(inputs_of(user)) == 1:
+                    queue.append(user)
+    return None
