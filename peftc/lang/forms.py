@@ -1,0 +1,133 @@
+"""Forms: reads a functional form dh = f(x) from its file or from a row, and says what it needs from a rule.
+
+A form of the library is written once for all rules, so a name it does not define itself (`r`, `l`) is a *need*:
+the rule that uses it must give that name as a hyperparameter, under `with:`, or as a tap of the site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peftc.diagnostics import Collector, Span, fail
+from peftc.lang.expr import name_nodes
+from peftc.lang.ops import INITS
+from peftc.lang.reading import Reader, Scope, form_scope, value, word
+from peftc.lang.rule import Attend, Expr, Form, Param, Scalar
+from peftc.lang.schema import FormFile, check
+from peftc.lang.sites import DIMS
+from peftc.lang.source import MappingNode, ScalarNode, compose
+
+
+def parse_form(text: str, file: str) -> Form:
+    """The form a file holds. Raises `PeftcError` with every mistake of the file."""
+    collector = Collector()
+    tree = compose(text, file, collector)
+    if not isinstance(tree, MappingNode):
+        fail("E009", f"{file} must be a mapping of `key: value`", span=tree.span)
+    check_version(tree, "peftc-form", "form")
+    tree = check(tree, FormFile, collector)
+    arguments = _arguments(tree)
+    reader = Reader(collector, arguments)
+    scope = form_scope(arguments, _names(tree, "params"), loose=True)
+    form = read_form(tree, reader, scope, name=word(tree.get("name")) or "", file=file, key="dh")
+    collector.raise_if_errors()
+    return form
+
+
+def check_version(tree: MappingNode, key: str, what: str) -> None:
+    """Raise E019 when the header is of another kind of file or of a version this peftc does not read."""
+    node = tree.get(key)
+    if node is None:
+        for other, kind in (("peftc", "rule"), ("peftc-form", "form")):
+            if other != key and other in tree.entries:
+                fail("E019", f"this is a {kind} file, not a {what}", span=tree.key(other).span)
+    elif value(node) != 1 or isinstance(value(node), bool):
+        shown = f"`{node.text}`" if isinstance(node, ScalarNode) else "this"
+        fail("E019", f"{shown} is not a format version of a {what}", span=node.span, help=f"write `{key}: 1`")
+
+
+def read_form(
+    node: MappingNode,
+    reader: Reader,
+    scope: Scope,
+    *,
+    name: str,
+    file: str,
+    key: str,
+    taken: Mapping[str, str] | None = None,
+) -> Form:
+    """The form that `node` holds, its expression under `key` (`dh` in a file, `expr` in a row)."""
+    described = reader.fresh(node.get("args"), "an argument of the form", {})
+    described = reader.fresh(node.get("params"), "a parameter of the form", {**(taken or {}), **described})
+    reader.fresh(node.get("let"), "a `let` of the form", described)
+    params = reader.params(node.get("params"), scope)
+    lets, scope = reader.lets(node.get("let"), scope)
+    dh, attend = reader.expr(node.get(key)), None
+    reader.names(dh, scope)
+    rows = node.get("attend")
+    if isinstance(rows, MappingNode):
+        keys, values = reader.expr(rows.get("keys")), reader.expr(rows.get("values"))
+        reader.names(keys, scope)
+        reader.names(values, scope)
+        attend = Attend(keys, values) if keys and values else None
+    _one_of(node, key, reader.collector)
+    return Form(
+        name,
+        params,
+        _arguments(node),
+        lets,
+        dh,
+        attend,
+        word(node.get("doc")) or "",
+        word(node.get("paper")) or "",
+        file,
+    )
+
+
+def _one_of(node: MappingNode, key: str, collector: Collector) -> None:
+    if key in node.entries and "attend" in node.entries:
+        later = max(node.key(key), node.key("attend"), key=lambda found: found.start)
+        message = f"a form has `{key}` or `attend`, not both"
+        collector.error("E003", message, span=later.span)
+    elif key not in node.entries and "attend" not in node.entries:
+        collector.error("E010", f"missing key `{key}` (or `attend`) of the form", span=first_token(node))
+
+
+def first_token(node: MappingNode) -> Span:
+    """The place of a mapping's first key, or of the mapping when it is empty."""
+    for key, _ in node.entries.values():
+        return key.span
+    return node.span
+
+
+def _arguments(node: MappingNode) -> dict[str, Scalar]:
+    args = node.get("args")
+    return {name: value(item) for name, (_, item) in args.entries.items()} if isinstance(args, MappingNode) else {}
+
+
+def _names(node: MappingNode, key: str) -> list[str]:
+    found = node.get(key)
+    return list(found.entries) if isinstance(found, MappingNode) else []
+
+
+def expressions(form: Form) -> list[Expr]:
+    """Every expression of a form."""
+    found = [expr for param in form.params for expr in param_expressions(param)]
+    found += [*form.let.values(), *([form.dh] if form.dh else [])]
+    return found + ([form.attend.keys, form.attend.values] if form.attend else [])
+
+
+def param_expressions(param: Param) -> list[Expr]:
+    """Shape, init and condition of a parameter."""
+    return [*param.shape, param.init, *([param.condition] if param.condition else [])]
+
+
+def needs(form: Form) -> dict[str, Expr]:
+    """The names that `form` reads and does not define, each with an expression that reads it."""
+    own = {param.name for param in form.params} | {*form.args, *form.let, *DIMS, "x", "h"}
+    found: dict[str, Expr] = {}
+    for expr in expressions(form):
+        for name in name_nodes(expr):
+            if name not in own and not (name in INITS and any(expr is param.init for param in form.params)):
+                found.setdefault(name, expr)
+    return found

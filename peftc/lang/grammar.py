@@ -1,0 +1,285 @@
+"""The grammar of rule expressions: which Python syntax is admitted, and how ops are called.
+
+`tree_of` turns text into an `ast` tree within limits of length, depth and characters; `check` reports every part
+of a tree that is outside the grammar, each at its own token. Nothing here knows which names exist.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from peftc.diagnostics import Collector, Span, did_you_mean, fail
+from peftc.lang.ops import INITS, OPS, Op
+from peftc.lang.rule import Expr, Scalar
+
+MAX_LENGTH = 1000
+MAX_DEPTH = 40
+MAX_EXPONENT = 64
+MAX_INT = 2**53
+
+Mode = Literal["tensor", "static", "init"]
+"""`tensor`: dh, let, compose. `static`: shape, if. `init`: a number or an initialiser."""
+
+STATIC_CALLS = {
+    "min": Op("min", (2, 8), "the smallest of its arguments"),
+    "max": Op("max", (2, 8), "the largest of its arguments"),
+}
+_ADMITTED = {
+    "tensor": "admitted: + - * / @ **, numbers, names, ops, .T, [slices], and over static values // %, `a if c else b`,"
+    " comparisons, and/or/not",
+    "static": "admitted here: + - * / // % **, numbers, names, min, max, comparisons, and/or/not, `a if c else b`",
+    "init": "admitted here: a number, or one of " + ", ".join(sorted(INITS)),
+}
+_BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.FloorDiv: "//", ast.Mod: "%"}
+_COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+_CALLED: dict[type[ast.AST], str] = {
+    ast.Lambda: "a lambda",
+    ast.ListComp: "a comprehension",
+    ast.SetComp: "a comprehension",
+    ast.DictComp: "a comprehension",
+    ast.GeneratorExp: "a comprehension",
+    ast.JoinedStr: "an f-string",
+    ast.NamedExpr: "an assignment `:=`",
+    ast.Starred: "a star argument",
+    ast.Dict: "a dictionary",
+    ast.Set: "a set",
+    ast.Tuple: "a tuple",
+    ast.Await: "await",
+    ast.Yield: "yield",
+    ast.YieldFrom: "yield",
+    ast.Slice: "a slice",
+    ast.List: "a list",
+}
+
+
+def check(expr: Expr, mode: Mode, words: Mapping[str, Scalar], collector: Collector) -> None:
+    """Report what is outside the grammar: E011 (construct), E007 (op), E012 (arguments), E017 (numbers)."""
+    checker = _Checker(expr, mode, words, collector)
+    if mode == "init":
+        checker.init(expr.tree)
+    else:
+        checker.node(expr.tree)
+
+
+def tree_of(source: str, span: Span | None, exact: bool) -> ast.expr:
+    """The syntax tree of `source`, its size checked before anything walks it."""
+    if len(source) > MAX_LENGTH:
+        fail("E017", f"an expression of {len(source)} characters; the limit is {MAX_LENGTH}", span=span)
+    place = Expr(source, ast.Constant(None), span, exact)
+    for index, char in enumerate(source):
+        if not (" " <= char <= "~") or char == "#":
+            at = _token(place, index, index + 1)
+            fail("E011", f"`{char}` is not admitted in an expression", span=at, help="use ASCII names and operators")
+    if not source:
+        fail("E011", "an expression is missing", span=span)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source, mode="eval").body
+    except (RecursionError, MemoryError):
+        fail("E017", "the expression is nested too deep", span=span)
+    except SyntaxError as error:
+        if "too many nested" in (error.msg or ""):
+            fail("E017", "the expression is nested too deep", span=span)
+        at = max(0, min((error.offset or 1) - 1, len(source)))
+        fail("E011", "this is not an expression", span=_token(place, at, at + 1), help=_ADMITTED["tensor"])
+    except ValueError as error:  # an integer literal beyond Python's digit limit
+        fail("E017", f"the expression cannot be read: {error}", span=span)
+    _check_depth(tree, span)
+    return tree
+
+
+def _check_depth(tree: ast.AST, span: Span | None) -> None:
+    level: list[ast.AST] = [tree]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if not level:
+            return
+    fail("E017", f"the expression is nested deeper than {MAX_DEPTH} levels", span=span, help="name parts under `let:`")
+
+
+def _token(expr: Expr, start: int, end: int) -> Span | None:
+    """The place of characters [start, end) of an expression that has no tree yet."""
+    return expr.span_of(ast.Name("_", lineno=1, end_lineno=1, col_offset=start, end_col_offset=end))
+
+
+@dataclass(slots=True)
+class _Checker:
+    """Walks a tree and reports everything outside the grammar."""
+
+    expr: Expr
+    mode: Mode
+    words: Mapping[str, Scalar]
+    collector: Collector
+
+    def _refuse(self, node: ast.AST, what: str | None = None) -> None:
+        what = what or _CALLED.get(type(node), f"`{ast.unparse(node)}`" if isinstance(node, ast.expr) else "this")
+        span = self.expr.span_of(node)
+        self.collector.error("E011", f"{what} is not admitted", span=span, help=_ADMITTED[self.mode])
+
+    def node(self, node: ast.AST) -> None:
+        if isinstance(node, ast.Constant):
+            self._constant(node)
+        elif isinstance(node, ast.BinOp):
+            self._binary(node)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+            self.node(node.operand)
+        elif isinstance(node, (ast.BoolOp, ast.IfExp)):
+            for child in node.values if isinstance(node, ast.BoolOp) else (node.test, node.body, node.orelse):
+                self.node(child)
+        elif isinstance(node, ast.Compare):
+            self._compare(node)
+        elif isinstance(node, ast.Call):
+            self._call(node)
+        elif isinstance(node, ast.Attribute) and self.mode == "tensor":
+            self._attribute(node)
+        elif isinstance(node, ast.Subscript) and self.mode == "tensor":
+            self._subscript(node)
+        elif not isinstance(node, ast.Name):
+            self._refuse(node)
+
+    def _operand(self, node: ast.expr) -> None:
+        """A static value, which may be a word."""
+        if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            self.node(node)
+
+    def _constant(self, node: ast.Constant) -> None:
+        value = node.value
+        if isinstance(value, str):
+            self._refuse(node, "a word")
+        elif not (value is None or isinstance(value, (bool, int, float))):
+            self._refuse(node)
+        elif isinstance(value, (int, float)) and not abs(value) <= (MAX_INT if isinstance(value, int) else 1e300):
+            self.collector.error("E017", "the number is too large", span=self.expr.span_of(node))
+
+    def _binary(self, node: ast.BinOp) -> None:
+        matmul = isinstance(node.op, ast.MatMult) and self.mode == "tensor"
+        if not matmul and type(node.op) not in _BINARY:
+            self._refuse(node)
+            return
+        self.node(node.left)
+        self.node(node.right)
+        right = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
+        power = right.value if isinstance(node.op, ast.Pow) and isinstance(right, ast.Constant) else 0
+        if isinstance(power, (int, float)) and abs(power) > MAX_EXPONENT:
+            self.collector.error("E017", f"an exponent beyond {MAX_EXPONENT}", span=self.expr.span_of(right))
+
+    def _compare(self, node: ast.Compare) -> None:
+        for operator in node.ops:
+            if not isinstance(operator, _COMPARE):
+                self._refuse(node, "`is` or `in`")
+                return
+        for child in (node.left, *node.comparators):
+            self._operand(child)
+
+    def _attribute(self, node: ast.Attribute) -> None:
+        if node.attr != "T":
+            self._refuse(node, f"`.{node.attr}`")
+        else:
+            self.node(node.value)
+
+    def _subscript(self, node: ast.Subscript) -> None:
+        self.node(node.value)
+        index = node.slice
+        for part in index.elts if isinstance(index, ast.Tuple) else (index,):
+            if isinstance(part, ast.Slice):
+                for bound in (part.lower, part.upper):
+                    if bound is not None:
+                        self.node(bound)
+                if part.step is not None:
+                    self._refuse(part.step, "a step")
+            else:
+                self.node(part)
+
+    def _call(self, node: ast.Call) -> None:
+        op = self._op(node)
+        arguments = list(node.args)
+        for position, argument in enumerate(arguments):
+            self._argument(op, position, argument)
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                self._refuse(keyword, "a star argument")
+            else:
+                self.node(keyword.value)
+        if op is not None and not any(isinstance(a, ast.Starred) for a in arguments):
+            _check_arguments(self.expr, node, op, self.collector)
+
+    def _argument(self, op: Op | None, position: int, argument: ast.expr) -> None:
+        spec = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+        if spec and op is not None and op.name == "einsum" and position == 0:
+            return
+        if isinstance(argument, ast.List) and self.mode == "tensor":
+            for item in argument.elts:
+                self.node(item)
+        else:
+            self.node(argument)
+
+    def _op(self, node: ast.Call) -> Op | None:
+        """The op that is called; None after an error, or where only the word's value will tell."""
+        if not isinstance(node.func, ast.Name):
+            self._refuse(node.func, "calling this")
+            return None
+        name, known = node.func.id, OPS if self.mode == "tensor" else STATIC_CALLS
+        if self.mode == "tensor" and isinstance(self.words.get(name), str):
+            return OPS.get(str(self.words[name]))
+        if name not in known:
+            callable_words = [w for w, value in self.words.items() if value in OPS] if self.mode == "tensor" else []
+            help = did_you_mean(name, [*known, *callable_words])
+            self.collector.error("E007", f"unknown op `{name}`", span=self.expr.span_of(node.func), help=help)
+        return known.get(name)
+
+    def init(self, node: ast.expr) -> None:
+        call = node if isinstance(node, ast.Call) else None
+        name = call.func if call else node
+        if not isinstance(name, ast.Name):
+            number = node.operand if isinstance(node, ast.UnaryOp) else node
+            if isinstance(number, ast.Constant) and type(number.value) in (int, float):
+                self._constant(number)
+            else:
+                self._refuse(node)
+            return
+        if name.id not in INITS:
+            span, help = self.expr.span_of(name), did_you_mean(name.id, INITS)
+            self.collector.error("E007", f"unknown init `{name.id}`", span=span, help=help)
+            return
+        for argument in call.args if call else ():
+            _Checker(self.expr, "static", self.words, self.collector).node(argument)
+        _check_arguments(self.expr, call or node, INITS[name.id], self.collector)
+
+
+def _check_arguments(expr: Expr, node: ast.expr, op: Op, collector: Collector) -> None:
+    """E012 when a call of `op` has a wrong number of arguments, a wrong keyword, or an einsum its operands."""
+    args = node.args if isinstance(node, ast.Call) else []
+    low, high = op.arity
+    if not low <= len(args) <= high:
+        wanted = str(low) if low == high else f"{low} to {high}"
+        plural = "argument" if wanted == "1" else "arguments"
+        message = f"`{op.name}` takes {wanted} {plural}, {len(args)} given"
+        collector.error("E012", message, span=expr.span_of(node), help=f"{op.name}: {op.doc}")
+        return
+    seen: set[str] = set()
+    for keyword in node.keywords if isinstance(node, ast.Call) else ():
+        if keyword.arg in seen:
+            collector.error("E012", f"`{keyword.arg}` is given twice", span=expr.span_of(keyword))
+        elif keyword.arg is not None and keyword.arg not in op.keywords:
+            known = did_you_mean(keyword.arg, op.keywords) or f"`{op.name}` takes no keywords"
+            message = f"`{op.name}` has no keyword `{keyword.arg}`"
+            collector.error("E012", message, span=expr.span_of(keyword), help=known)
+        seen.add(keyword.arg or "")
+    if op.name == "einsum":
+        _check_einsum(expr, args, collector)
+
+
+def _check_einsum(expr: Expr, args: list[ast.expr], collector: Collector) -> None:
+    spec = args[0].value if isinstance(args[0], ast.Constant) else None
+    span = expr.span_of(args[0])
+    if not isinstance(spec, str):
+        collector.error("E011", "the first argument of `einsum` is its equation", span=span, help=OPS["einsum"].doc)
+    elif spec.partition("->")[0].count(",") + 2 != len(args):
+        operands = spec.partition("->")[0].count(",") + 1
+        message = f"the equation names {operands} operands, {len(args) - 1} given"
+        collector.error("E012", message, span=span)

@@ -1,0 +1,124 @@
+"""Loads rules: from a name of the library, a path or text to a checked `Rule`.
+
+    >>> rule = load_rule("mam", {"r": 64})
+    >>> rule.values["r"], [delta.name for delta in rule.deltas]
+    (64, ['prefix', 'adapter'])
+
+Everything wrong with a file is told at once, in one `PeftcError`. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from peftc.diagnostics import Collector, did_you_mean, fail
+from peftc.lang import forms, hypers
+from peftc.lang.complaints import shown
+from peftc.lang.expr import name_nodes
+from peftc.lang.library import SUFFIXES, form_names, load_form, read, rule_files, shown_file
+from peftc.lang.reading import Reader, word, words
+from peftc.lang.rows import RowReader
+from peftc.lang.rule import Delta, Expr, Glob, Hyper, Rule
+from peftc.lang.schema import RuleFile, check
+from peftc.lang.source import MappingNode, compose, read_text
+from peftc.lang.uses import size_names
+
+__all__ = ["form_names", "list_rules", "load_form", "load_rule", "parse_rule"]
+
+
+def load_rule(name_or_path: str | os.PathLike[str], sets: Mapping[str, object] | None = None) -> Rule:
+    """The rule at a path, or the one of that name in the library, with the hyperparameters `sets`.
+
+    A path is what ends in .yaml or .yml, holds a separator, or exists. Values of `sets` may be text.
+    Raises `PeftcError` with every mistake: E018 when there is no such rule.
+    """
+    name = os.fspath(name_or_path)
+    if _is_path(name):
+        if not os.path.isfile(name):  # noqa: PTH113 -- unlike Path.is_file it refuses no name
+            fail("E018", f"no rule file at `{shown(name)}`", help=_near_rule(Path(name).stem))
+        return parse_rule(read_text(name), name, sets)
+    found = rule_files().get(name)
+    if found is None:
+        fail("E018", f"no rule `{shown(name)}` in the library", help=did_you_mean(name, rule_files()))
+    return parse_rule(read(found), shown_file(found), sets)
+
+
+def list_rules() -> list[Rule]:
+    """Every rule of the library, by name."""
+    return [load_rule(name) for name in sorted(rule_files())]
+
+
+def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -> Rule:
+    """The rule that YAML `text` holds; `file` is its name in errors. Raises `PeftcError` with every mistake."""
+    text = text.removeprefix("\ufeff")
+    collector = Collector()
+    tree = compose(text, file, collector)
+    if not isinstance(tree, MappingNode):
+        fail("E009", "a rule must be a mapping of `key: value`", span=tree.span, help="it starts with `peftc: 1`")
+    forms.check_version(tree, "peftc", "rule")
+    declared = tree.get("hyper")
+    tree = check(tree, RuleFile, collector)
+    values = hypers.resolve(tree.get("hyper"), sets or {}, collector)
+    Reader(collector).fresh(tree.get("hyper"), "a hyperparameter", {})
+    names = frozenset(declared.entries) if isinstance(declared, MappingNode) else frozenset[str]()
+    deltas = _deltas(tree, RowReader(file, values, names, collector))
+    _check_sizes(deltas, values, collector)
+    train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
+    if not tree.get("deltas") and not train and not collector.errors:
+        collector.error("E010", "the rule has neither `deltas` nor `train`", span=forms.first_token(tree))
+    collector.raise_if_errors()
+    return Rule(
+        word(tree.get("name")) or "",
+        deltas,
+        values,
+        train,
+        word(tree.get("doc")) or "",
+        word(tree.get("paper")) or "",
+        file,
+        hypers.rewrite(text, tree.get("hyper"), values),
+    )
+
+
+def _deltas(tree: MappingNode, reader: RowReader) -> tuple[Delta, ...]:
+    rows = tree.get("deltas")
+    found: list[Delta] = []
+    for key, node in rows.entries.values() if isinstance(rows, MappingNode) else ():
+        delta = reader.row(key, node) if isinstance(node, MappingNode) else None
+        if delta is not None:
+            found.append(delta)
+    return tuple(found)
+
+
+def _check_sizes(deltas: tuple[Delta, ...], values: Mapping[str, Hyper], collector: Collector) -> None:
+    """E014 for each hyperparameter below 1 that a shape uses, and for such values under `with:`."""
+    sizes: dict[str, bool] = {}
+    for delta in deltas:
+        for param in (*delta.form.params, *delta.params):
+            for name, whole in size_names(param).items():
+                given = delta.arguments.get(name)
+                if isinstance(given, Expr):
+                    bare = isinstance(given.tree, ast.Name)
+                    sizes |= {inner: sizes.get(inner, False) or (whole and bare) for inner in name_nodes(given)}
+                elif name in delta.arguments:
+                    given = Hyper(name, given, span=delta.spans.get(f"with.{name}", delta.span_at("with")))
+                    hypers.check_size(given, collector, whole=whole)
+                else:
+                    sizes[name] = sizes.get(name, False) or whole
+    for name, whole in sizes.items():
+        if name in values and name not in hypers.SIZES:
+            hypers.check_size(values[name], collector, whole=whole)
+
+
+def _is_path(name: str) -> bool:
+    separators = [separator for separator in (os.sep, os.altsep, "/") if separator]
+    return name.endswith(SUFFIXES) or any(s in name for s in separators) or os.path.isfile(name)  # noqa: PTH113
+
+
+def _near_rule(stem: str) -> str:
+    near = did_you_mean(stem, rule_files()) or ""
+    return (
+        f"{near} in the library" if near.startswith("did") else "a bare name, such as `mam`, is a rule of the library"
+    )

@@ -1,0 +1,232 @@
+"""Delta rows: reads one row of the table `deltas:` and checks what its words mean.
+
+A row is read against its sites: every tap in `modify` and `insert` must be one that each site in `at` has, and
+every name in an expression must be a hyperparameter, a form argument, a parameter, a `let`, a dimension or a tap.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peftc.diagnostics import Collector, PeftcError, Span, did_you_mean
+from peftc.lang.complaints import shown
+from peftc.lang.expr import name_nodes
+from peftc.lang.forms import read_form
+from peftc.lang.library import form_names, load_form
+from peftc.lang.reading import Reader, Scope, form_scope, value, word, words
+from peftc.lang.rule import Delta, Expr, Form, Hyper, Scalar, Where
+from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES
+from peftc.lang.source import MappingNode, Node, ScalarNode, SequenceNode
+from peftc.lang.uses import FormUse, check_composition
+
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+@dataclass(slots=True)
+class RowReader:
+    """Reads rows of one rule file."""
+
+    file: str
+    hypers: Mapping[str, Hyper]
+    declared: frozenset[str]
+    """Names under `hyper:`, those with a wrong value too."""
+    collector: Collector
+
+    def row(self, key: ScalarNode, node: MappingNode) -> Delta | None:
+        """The delta of one row; None after an error that leaves no delta."""
+        at, taps = self._sites(node), self._taps(node)
+        arguments = self._arguments(node)
+        form = self._form(node, arguments)
+        reader = self._reader({**(form.args if form else {}), **_values(arguments)})
+        scope = self._scope(node, form, arguments)
+        taken = dict.fromkeys(self.declared, "a hyperparameter")
+        taken |= {param.name: "a parameter of the form" for param in form.params} if form else {}
+        taken = reader.fresh(node.get("params"), "a parameter of the row", taken)
+        reader.fresh(node.get("let"), "a `let` of the row", taken)
+        params = reader.params(node.get("params"), scope)
+        lets, scope = reader.lets(node.get("let"), scope.with_tensors("dh", *(form.let if form else ())))
+        compose = self._compose(node, reader, scope, key)
+        where = self._where(node.get("where"))
+        insert = self._insert(node)
+        if form is None or compose is None:
+            return None
+        use = FormUse(node, form, arguments, self.hypers, self.declared, self.collector)
+        use.check({*_keys(node, "params")})
+        delta = Delta(
+            key.text,
+            at,
+            taps,
+            insert,
+            form,
+            compose,
+            arguments,
+            where,
+            params,
+            lets,
+            word(node.get("lower")),
+            _whole(node.get("expect")),
+            key.span,
+            _spans(node),
+        )
+        check_composition(delta, self.collector)
+        return delta
+
+    def _reader(self, given: Mapping[str, Scalar]) -> Reader:
+        return Reader(self.collector, {**given, **{name: hyper.value for name, hyper in self.hypers.items()}})
+
+    def _scope(self, node: MappingNode, form: Form | None, arguments: Mapping[str, object]) -> Scope:
+        static = {*self.declared, *arguments, *(form.args if form else ())}
+        params = {*(param.name for param in form.params)} if form else set[str]()
+        return form_scope(static, params | set(_keys(node, "params")), loose=form is None)
+
+    def _sites(self, node: MappingNode) -> tuple[str, ...]:
+        found = words(node.get("at"))
+        for item in found:
+            if item.text not in SITES:
+                message = f"unknown site `{shown(item.text)}`"
+                self.collector.error("E005", message, span=item.span, help=did_you_mean(item.text, SITES))
+        self._distinct(node.get("at"), found, "a site")
+        return tuple(item.text for item in found if item.text in SITES)
+
+    def _taps(self, node: MappingNode) -> tuple[str, ...]:
+        found = words(node.get("modify"))
+        for item in found:
+            self._tap(node, item, ())
+        self._distinct(node.get("modify"), found, "a tap")
+        return tuple(item.text for item in found)
+
+    def _insert(self, node: MappingNode) -> str:
+        given = node.get("insert")
+        if isinstance(given, ScalarNode) and given.text not in INSERTIONS:
+            self._tap(node, given, INSERTIONS)
+        return word(given) or "parallel"
+
+    def _tap(self, node: MappingNode, item: ScalarNode, also: tuple[str, ...]) -> None:
+        for site in words(node.get("at")):
+            taps = SITES.get(site.text)
+            if taps is not None and item.text not in taps:
+                article = "an" if site.text[0] in "aeiou" or site.text == "ffn" else "a"
+                message = f"unknown tap `{shown(item.text)}` of {article} {site.text} site"
+                self.collector.error("E004", message, span=item.span, help=did_you_mean(item.text, (*taps, *also)))
+                return
+
+    def _distinct(self, node: Node | None, found: list[ScalarNode], what: str) -> None:
+        if isinstance(node, SequenceNode) and not node.items:
+            self.collector.error("E009", f"an empty list, where {what} is expected", span=node.span)
+        seen: set[str] = set()
+        for item in found:
+            if item.text in seen:
+                self.collector.error("E023", f"`{shown(item.text)}` is named twice", span=item.span)
+            seen.add(item.text)
+
+    def _arguments(self, node: MappingNode) -> dict[str, Scalar | Expr]:
+        """The row's `with:`; a word stays a word unless it names a hyperparameter or a dimension."""
+        found: dict[str, Scalar | Expr] = {}
+        given, reader = node.get("with"), Reader(self.collector)
+        scope = Scope(frozenset({*self.declared, *DIMS}))
+        for name, (_, item) in given.entries.items() if isinstance(given, MappingNode) else ():
+            text = word(item)
+            if text is None or (_BARE.fullmatch(text) and text not in scope.static):
+                found[name] = value(item)
+                continue
+            expr = reader.expr(item, "static")
+            reader.names(expr, scope)
+            if expr is not None:
+                found[name] = expr
+        return found
+
+    def _form(self, node: MappingNode, arguments: Mapping[str, Scalar | Expr]) -> Form | None:
+        given = node.get("form")
+        if isinstance(given, MappingNode):
+            return self._inline(node, given, arguments)
+        name = word(given)
+        if not isinstance(given, ScalarNode):
+            return None
+        if name is None or not _BARE.fullmatch(name) or name in _keys(node, "params"):
+            reader = self._reader(_values(arguments))
+            scope = form_scope({*self.declared, *arguments}, _keys(node, "params"), loose=False)
+            dh = reader.expr(given)
+            reader.names(dh, scope)
+            return Form("", dh=dh, file=self.file) if dh else None
+        if name not in form_names():
+            help = did_you_mean(name, form_names())
+            self.collector.error("E006", f"unknown form `{shown(name)}`", span=given.span, help=help)
+            return None
+        try:
+            return load_form(name)
+        except PeftcError as error:
+            self.collector.diagnostics.extend(error.diagnostics)
+            return None
+
+    def _inline(self, node: MappingNode, given: MappingNode, arguments: Mapping[str, Scalar | Expr]) -> Form:
+        args = {name: value(item) for name, item in _items(given, "args")}
+        reader = self._reader({**args, **_values(arguments)})
+        params = [*_keys(node, "params"), *_keys(given, "params")]
+        scope = form_scope({*self.declared, *arguments, *args}, params, loose=False)
+        taken = dict.fromkeys(self.declared - args.keys(), "a hyperparameter")
+        return read_form(given, reader, scope, name="", file=self.file, key="expr", taken=taken)
+
+    def _compose(self, node: MappingNode, reader: Reader, scope: Scope, key: ScalarNode) -> Expr | None:
+        given = node.get("compose")
+        if given is None:
+            return Expr("h + dh", ast.parse("h + dh", mode="eval").body, key.span, exact=False)
+        expr = reader.expr(given)
+        if expr is None or expr.text in COMPOSITIONS:
+            return expr
+        if isinstance(expr.tree, ast.Name) and expr.text not in scope.static | scope.tensors:
+            help = did_you_mean(expr.text, COMPOSITIONS)
+            self.collector.error("E008", f"unknown composition `{shown(expr.text)}`", span=expr.span, help=help)
+            return expr
+        reader.names(expr, scope)
+        if "dh" not in name_nodes(expr):
+            self.collector.error("E024", "`compose` does not use `dh`", span=expr.span, help="write `h + dh`, say")
+        return expr
+
+    def _where(self, node: Node | None) -> Where:
+        if not isinstance(node, MappingNode):
+            return Where()
+        reader = Reader(self.collector)
+        condition = reader.expr(node.get("if"), "static")
+        reader.names(condition, Scope(frozenset({*self.declared, *DIMS})))
+        strings = {key: tuple(item.text for item in words(node.get(key))) for key in ("stack", "kind", "role", "path")}
+        spans = {name: item.span for name, (_, item) in node.entries.items()}
+        return Where(self._layers(node.get("layers")), **strings, condition=condition, spans=spans)
+
+    def _layers(self, node: Node | None) -> tuple[int, ...] | str | None:
+        if isinstance(node, SequenceNode):
+            return tuple(layer for item in node.items if (layer := _whole(item)) is not None)
+        text = word(node)
+        if text is None:
+            layer = _whole(node)
+            return None if layer is None else (layer,)
+        low, dash, high = text.partition("-")
+        if node is not None and ((dash and int(low) > int(high)) or (text.split()[-1] == "0" and not dash)):
+            self.collector.error("E009", f"`{text}` names no layer", span=node.span, help="write the lower layer first")
+        return " ".join(text.split()) if not dash else f"{int(low)}-{int(high)}"
+
+
+def _values(arguments: Mapping[str, Scalar | Expr]) -> dict[str, Scalar]:
+    return {name: given for name, given in arguments.items() if not isinstance(given, Expr)}
+
+
+def _items(node: MappingNode, key: str) -> list[tuple[str, Node]]:
+    found = node.get(key)
+    return [(name, item) for name, (_, item) in found.entries.items()] if isinstance(found, MappingNode) else []
+
+
+def _keys(node: MappingNode, key: str) -> list[str]:
+    return [name for name, _ in _items(node, key)]
+
+
+def _whole(node: Node | None) -> int | None:
+    found = value(node)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _spans(node: MappingNode) -> dict[str, Span]:
+    """The place of each value of a row; those under `with:` as `with.<name>`."""
+    found = {name: item.span for name, (_, item) in node.entries.items()}
+    return found | {f"with.{name}": item.span for name, item in _items(node, "with")}

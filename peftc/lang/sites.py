@@ -1,0 +1,34 @@
+"""The words a rule may use for places and sizes: sites, their taps, and the dimensions every site knows."""
+
+from __future__ import annotations
+
+SITES: dict[str, tuple[str, ...]] = {
+    "attention": ("x", "ctx", "q", "k", "v", "heads", "concat", "out"),
+    "ffn": ("x", "gate", "up", "mid", "out", "residual"),
+    "linear": ("x", "out", "weight", "bias"),
+    "conv": ("x", "out", "weight", "bias"),
+    "embedding": ("out", "weight"),
+    "norm": ("x", "out", "weight", "bias"),
+    "block": ("x", "out"),
+    "model": ("embeddings", "logits"),
+}
+"""Each kind of site with its taps."""
+
+TAPS = frozenset(tap for taps in SITES.values() for tap in taps)
+
+DIMS = (
+    "d_in",
+    "d_out",
+    "d_model",
+    "d_ff",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "layer",
+    "layers",
+    "has_bias",
+)
+"""Static names a site gives: d_in is the last axis of x, d_out that of h; for a weight they are its own."""
+
+INSERTIONS = ("parallel", "sequential")
+COMPOSITIONS = ("add", "gate", "prepend")

@@ -1,0 +1,143 @@
+"""How a row uses its form: what the form needs, which arguments it has, which words it calls, where it can stand."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peftc.diagnostics import Collector, Span, did_you_mean
+from peftc.lang.complaints import shown
+from peftc.lang.expr import calls_in, name_nodes
+from peftc.lang.forms import expressions, needs
+from peftc.lang.ops import OPS
+from peftc.lang.reading import words
+from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar
+from peftc.lang.sites import SITES, TAPS
+from peftc.lang.source import MappingNode
+
+
+@dataclass(frozen=True, slots=True)
+class FormUse:
+    """A form in the row `node`, with the row's `with:` as `arguments`."""
+
+    node: MappingNode
+    form: Form
+    arguments: Mapping[str, Scalar | Expr]
+    hypers: Mapping[str, Hyper]
+    declared: frozenset[str]
+    collector: Collector
+
+    def check(self, params: set[str]) -> None:
+        """Report what does not fit; `params` are the row's own parameters."""
+        if self.form.name:
+            self._check_needs(params)
+        self._check_arguments()
+        self._check_words()
+
+    def _check_needs(self, params: set[str]) -> None:
+        """E008 for each name the library form reads that nothing here gives, E004 for a tap a site has not."""
+        span = self.node.entries["form"][1].span
+        sites = [item.text for item in words(self.node.get("at")) if item.text in SITES]
+        for name in sorted(needs(self.form).keys() - self.declared - self.arguments.keys() - params):
+            if name not in TAPS:
+                message = f"form `{self.form.name}` needs `{name}`"
+                help = f"give it under `hyper:`, or in the row as `with: {{{name}: ...}}`"
+                self.collector.error("E008", message, span=span, help=help)
+            for site in (site for site in sites if name in TAPS and name not in SITES[site]):
+                message = f"form `{self.form.name}` reads the tap `{name}`, which {site} has not"
+                self.collector.error("E004", message, span=span, help=f"taps: {', '.join(SITES[site])}")
+
+    def _check_arguments(self) -> None:
+        """E003 for each name under `with:` that the form does not read."""
+        read = {name for expr in expressions(self.form) for name in (*name_nodes(expr), *calls_in(expr))}
+        offered = {*self.form.args, *needs(self.form)} - TAPS
+        given = self.node.get("with")
+        for name, (key, _) in given.entries.items() if isinstance(given, MappingNode) else ():
+            if name not in self.form.args and name not in read - self._own():
+                message = f"the form has no argument `{shown(name)}`"
+                help = did_you_mean(name, offered) or "it takes none"
+                self.collector.error("E003", message, span=key.span, help=help)
+
+    def _own(self) -> set[str]:
+        """Names the form defines, which `with:` cannot give."""
+        return {param.name for param in self.form.params} | {*self.form.let, "x", "h"}
+
+    def _check_words(self) -> None:
+        """E007 and E012 for words that the form calls: the value is from `with`, a hyperparameter or the form."""
+        given_names = {*self.form.args, *self.arguments, *self.hypers}
+        for name, node in _calls(expressions(self.form)).items():
+            if name not in given_names:
+                continue
+            given, span = self._resolved(name)
+            if not isinstance(given, str):
+                if name not in OPS:
+                    message = f"`{name}` is called, but is {str(given).lower()} and not the name of an op"
+                    self.collector.error("E007", message, span=span)
+                continue
+            op = OPS.get(given)
+            if op is None:
+                known = [op.name for op in OPS.values() if op.arity == (1, 1)]
+                message = f"unknown op `{shown(given)}`"
+                self.collector.error("E007", message, span=span, help=did_you_mean(given, known))
+            elif not op.arity[0] <= len(node.args) <= op.arity[1]:
+                message = f"`{op.name}` takes {op.arity[0]} arguments; the form calls `{name}` with {len(node.args)}"
+                self.collector.error("E012", message, span=span)
+
+    def _resolved(self, name: str) -> tuple[Scalar, Span | None]:
+        """The value of a called name and its place: with > hyper > the form's default."""
+        given, span = self.arguments.get(name), self.node.key("form").span
+        if name in self.arguments:
+            items = self.node.get("with")
+            span = items.entries[name][1].span if isinstance(items, MappingNode) else span
+            if not isinstance(given, Expr):
+                return given, span
+            name = given.tree.id if isinstance(given.tree, ast.Name) else ""
+        if name in self.hypers:
+            return self.hypers[name].value, self.hypers[name].span
+        return self.form.args.get(name), span
+
+
+def _calls(exprs: list[Expr]) -> dict[str, ast.Call]:
+    """The names that are called, each with its first call."""
+    found: dict[str, ast.Call] = {}
+    for node in (node for expr in exprs for node in ast.walk(expr.tree)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found.setdefault(node.func.id, node)
+    return found
+
+
+def check_composition(delta: Delta, collector: Collector) -> None:
+    """E024: gate, prepend, attend and lower each fit one kind of row."""
+    attends, named = delta.form.attend is not None, delta.compose.text
+    heads = delta.at == ("attention",) and delta.modify == ("heads",)
+    if attends and not heads and delta.at:
+        message = "a form with `attend` stands only `at: attention` with `modify: heads`"
+        collector.error("E024", message, span=delta.span_at("modify"))
+    elif named == "gate" and not attends:
+        message = "`gate` weighs two attentions and needs a form with `attend`"
+        help = "use form `prefix`, or write the gate as an expression"
+        collector.error("E024", message, span=delta.compose.span, help=help)
+    elif named == "prepend" and (delta.at, delta.modify) != (("model",), ("embeddings",)):
+        message = "`prepend` stands only `at: model` with `modify: embeddings`"
+        collector.error("E024", message, span=delta.compose.span)
+    if delta.lower is not None and not attends:
+        collector.error("E024", "`lower` is for forms with `attend`", span=delta.span_at("lower"))
+
+
+def size_names(param: Param) -> dict[str, bool]:
+    """The names in value position of a parameter's shape; True for one that is a size by itself."""
+    found: dict[str, bool] = {}
+    for size in param.shape:
+        nodes: list[ast.AST] = [size.tree]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.Name):
+                found[node.id] = found.get(node.id, False) or node is size.tree
+            elif isinstance(node, ast.IfExp):
+                nodes += [node.body, node.orelse]
+            elif isinstance(node, ast.Call):
+                nodes += node.args
+            elif not isinstance(node, ast.Compare):
+                nodes += ast.iter_child_nodes(node)
+    return found
