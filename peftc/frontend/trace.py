@@ -141,7 +141,7 @@ def trace(
     shapes = {n: {i: auto for i, size in enumerate(s.sizes) if isinstance(size, str)} for n, s in renamed.items()}
     tensors: dict[str, Any] = {name: sample(spec) for name, spec in renamed.items()}
     settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
-    with _quiet(), _called_with(model, {"use_cache": False, **(flags or {})}):
+    with quiet(), _called_with(model, {"use_cache": False, **(flags or {})}):
         try:
             exported = DynamoExporter().export(model, tensors, config=settings).program
         except _UNTRACEABLE as error:
@@ -156,7 +156,18 @@ def trace(
     lost = [name for name in used if program.constants[name].device.type == "meta"]
     if lost:
         fail("E038", f"{type(model).__name__} makes the constants {', '.join(lost)} on the device of its weights")
+    program.tied = tied_names(model)
     return program
+
+
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Parameters that share a tensor: every later name to the first one."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied
 
 
 @contextlib.contextmanager
@@ -179,7 +190,7 @@ def _called_with(model: PreTrainedModel, flags: Mapping[str, Any]) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter warns that it is experimental at every call; peftc pins and tests the versions itself."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -108,8 +108,12 @@ class Program:
     sites: tuple[Site, ...] = ()
     ledger: list[Insertion] = field(default_factory=list)
     delta_parameters: dict[str, DeltaParameter] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    """A parameter that is another one under a second name, to the first name."""
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """A tap's node to the node that now carries its value."""
+    replaced_at: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
+    """The same for a value replaced for one user only: (node, user) to the new operand."""
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram) -> Program:

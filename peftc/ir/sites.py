@@ -49,9 +49,15 @@ class Tap:
     layout: Layout = "flat"
     user: fx.Node | None = None
 
+    def current(self, program: Program) -> fx.Node:
+        """The node that carries the tap's value now."""
+        if self.user is not None:
+            return program.replaced_at.get((self.node, self.user), self.node)
+        return program.current(self.node)
+
     def read(self, program: Program, builder: Builder) -> fx.Node:
         """The tap's value in canonical layout (new nodes only when the graph holds another layout)."""
-        node = program.current(self.node)
+        node = self.current(program)
         if self.layout == "transposed":
             return builder.call(aten.transpose.int, node, 0, 1)
         if self.layout == "bhsd":
@@ -62,7 +68,7 @@ class Tap:
 
     def write(self, program: Program, builder: Builder, value: fx.Node) -> fx.Node:
         """Make every user of the tap read `value` (canonical layout); returns the node that replaced the tap's."""
-        old = program.current(self.node)
+        old = self.current(program)
         if self.layout == "transposed":
             value = builder.call(aten.transpose.int, value, 0, 1)
         elif self.layout in ("bhsd", "bshd"):
@@ -73,6 +79,7 @@ class Tap:
         own = set(builder.nodes)
         if self.user is not None:
             self.user.replace_input_with(old, value)
+            program.replaced_at[self.node, self.user] = value
         else:
             old.replace_all_uses_with(value, delete_user_cb=lambda user: user not in own)
             program.replaced[old] = value

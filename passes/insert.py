@@ -1,0 +1,232 @@
+"""insert: write the deltas of a plan into the graph. The only pass that grows it.
+
+For each edit: bind x and h at the tap, lower the form to dh, compose h' and put it in the place of h; every edit
+leaves an entry in the ledger. Attention over a prefix composed with `gate` is lowered by default to longer keys and
+values, which is the same function (He et al. 2022, section 3.1) at the price of one attention; `lower: gated` keeps
+the two attentions and the gate λ.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from peftc.diagnostics import fail
+from peftc.ir.attention import Region
+from peftc.ir.builder import Builder, latest
+from peftc.ir.prepend import prepend
+from peftc.ir.program import Insertion, Program
+from peftc.ir.sites import Tap
+from peftc.lang.lower import Lowering
+from peftc.plan import Edit, Plan, input_tap
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Insert:
+    """Write `plan` into the program."""
+
+    name: ClassVar[str] = "insert"
+    plan: Plan
+
+    def apply(self, program: Program) -> None:
+        for edit in self.plan.edits:
+            program.ledger.append(_Inserter(program, edit).insert())
+        program.graph.lint()
+
+
+class _Inserter:
+    """Inserts one edit."""
+
+    def __init__(self, program: Program, edit: Edit) -> None:
+        self.program = program
+        self.edit = edit
+        self.delta = edit.delta
+        self.tap: Tap = edit.site.taps[edit.tap]
+        self.parameters = {
+            name: None if parameter is None else program.add_parameter(parameter)
+            for name, parameter in edit.parameters.items()
+        }
+        self.compose = self._bare_word(edit.delta.compose.tree)
+
+    @staticmethod
+    def _bare_word(tree: ast.expr) -> str:
+        return tree.id if isinstance(tree, ast.Name) and tree.id in ("add", "gate", "prepend") else ""
+
+    def insert(self) -> Insertion:
+        form = self.delta.form
+        if self.compose == "prepend":
+            return self._prepend()
+        if form.attend is None:
+            if self.compose == "gate":
+                self._refuse("`gate` weighs two attentions and needs a form with `attend`, such as `prefix`")
+            return self._expression()
+        if self.edit.site.region is None or self.edit.tap != "heads":
+            self._refuse(f"form `{form.name}` attends with the site's queries and needs `at: attention, modify: heads`")
+        if self.compose == "gate" and self.delta.lower != "gated":
+            return self._concat(self.edit.site.region)
+        return self._attend(self.edit.site.region)
+
+    def _refuse(self, reason: str) -> Any:
+        fail("E024", f"delta `{self.delta.name}`: {reason}", span=self.delta.span_at("compose"))
+
+    def _builder(self, cursor: fx.Node) -> Builder:
+        return Builder(self.program, cursor, label=self.edit.label, like=self._stack_source())
+
+    def _stack_source(self) -> fx.Node:
+        site = self.edit.site
+        return site.taps["out"].node if "out" in site.taps else self.tap.node
+
+    def _start(self, extra: list[fx.Node]) -> fx.Node:
+        """The first place where every operand exists."""
+        operands = [self.tap.current(self.program), *extra]
+        operands += [node for node in self.parameters.values() if node is not None]
+        return latest(self.program.graph, [*operands, *self.program.bindings])
+
+    def _lowering(self, builder: Builder, tensors: dict[str, fx.Node | None]) -> Lowering:
+        env: dict[str, Any] = {**self.edit.statics, **self.parameters, **tensors}
+        return Lowering(builder, env, self.edit.site.describe())
+
+    def _dtype(self) -> torch.dtype | None:
+        dtypes = [node.meta["val"].dtype for node in self.parameters.values() if node is not None]
+        return dtypes[0] if dtypes else None
+
+    def _names(self) -> set[str]:
+        """Every name the delta's expressions mention."""
+        form, delta = self.delta.form, self.delta
+        exprs = [*form.let.values(), *delta.let.values(), delta.compose]
+        exprs += [form.dh] if form.dh is not None else []
+        exprs += [form.attend.keys, form.attend.values] if form.attend is not None else []
+        return {n.id for expr in exprs for n in ast.walk(expr.tree) if isinstance(n, ast.Name)}
+
+    def _tensors(self, builder: Builder, skip: str = "") -> dict[str, fx.Node | None]:
+        """x, h and the site's taps that the delta mentions, cast once to the dtype of its parameters."""
+        site, names = self.edit.site, self._names()
+        wanted = {name: tap for name, tap in site.taps.items() if name in names and name not in ("x", "h", skip)}
+        wanted = {name: tap for name, tap in wanted.items() if name not in self.parameters}
+        source = input_tap(self.delta, site, self.edit.tap)
+        if source is not None and source != skip:
+            wanted["x"] = site.taps[source]
+        dtype = self._dtype()
+        tensors: dict[str, fx.Node | None] = {}
+        for name, tap in wanted.items():
+            value = tap.read(self.program, builder)
+            tensors[name] = value if dtype is None else builder.cast(value, dtype)
+        return tensors
+
+    def _lets(self, lowering: Lowering, lets: dict[str, Any]) -> None:
+        for name, expr in lets.items():
+            lowering.env[name] = lowering.lower(expr)
+
+    def _operand_nodes(self) -> list[fx.Node]:
+        site, names = self.edit.site, self._names()
+        nodes = [tap.current(self.program) for name, tap in site.taps.items() if name in names and name != "x"]
+        source = input_tap(self.delta, site, self.edit.tap)
+        if source is not None:
+            nodes.append(site.taps[source].current(self.program))
+        return nodes
+
+    def _expression(self) -> Insertion:
+        builder = self._builder(self._start(self._operand_nodes()))
+        before = self.tap.read(self.program, builder)
+        tensors = self._tensors(builder)
+        if self.delta.insert == "sequential":
+            tensors["x"] = before if self._dtype() is None else builder.cast(before, self._dtype())  # pyright: ignore
+        lowering = self._lowering(builder, tensors)
+        lowering.env["h"] = tensors.get("x") if self.delta.insert == "sequential" else before
+        self._lets(lowering, self.delta.form.let)
+        assert self.delta.form.dh is not None
+        dh = lowering.tensor(self.delta.form.dh)
+        return self._finish(builder, lowering, before, tensors.get("x"), dh, "expression")
+
+    def _finish(
+        self, builder: Builder, lowering: Lowering, before: fx.Node, x: fx.Node | None, dh: fx.Node, how: str
+    ) -> Insertion:
+        value = before.meta["val"]
+        lowering.env.update(h=before, dh=builder.cast(dh, value.dtype))
+        self._lets(lowering, self.delta.let)
+        if self.compose == "add":
+            after = builder.call(aten.add.Tensor, before, lowering.env["dh"])
+        elif self.compose == "gate":
+            after = lowering.env["gated"]
+        else:
+            after = lowering.tensor(self.delta.compose)
+        after = builder.cast(after, value.dtype)
+        shape, wanted = tuple(after.meta["val"].shape), tuple(value.shape)
+        if shape != wanted:
+            fail(
+                "E013",
+                f"delta `{self.delta.name}` at {self.edit.site.describe()}: composing gives {_sizes(shape)}, "
+                f"but `{self.edit.tap}` is {_sizes(wanted)}",
+                span=self.delta.span_at("compose"),
+                help=f"dh is {_sizes(tuple(dh.meta['val'].shape))}; it must broadcast to h",
+            )
+        self.tap.write(self.program, builder, after)
+        return self._entry(builder, how, before, after, x, dh)
+
+    def _entry(
+        self, builder: Builder, how: str, before: fx.Node, after: fx.Node, x: fx.Node | None, dh: fx.Node | None
+    ) -> Insertion:
+        names = tuple(p.name for p in self.edit.parameters.values() if p is not None)
+        nodes = tuple(builder.nodes)
+        return Insertion(self.edit.label, self.edit.site, self.edit.tap, how, before, after, x, dh, nodes, names)
+
+    def _prefix(self, builder: Builder) -> tuple[Lowering, fx.Node, fx.Node]:
+        attend = self.delta.form.attend
+        assert attend is not None
+        lowering = self._lowering(builder, self._tensors(builder, skip=self.edit.tap))
+        self._lets(lowering, self.delta.form.let)
+        keys, values = lowering.tensor(attend.keys), lowering.tensor(attend.values)
+        site = self.edit.site
+        for name, node in (("keys", keys), ("values", values)):
+            shape = tuple(node.meta["val"].shape)
+            if len(shape) not in (3, 4) or shape[-2] not in (site.dims["kv_heads"], site.dims["heads"]):
+                fail(
+                    "E013",
+                    f"`attend.{name}` of form `{self.delta.form.name}` is {_sizes(shape)} at {site.describe()}",
+                    span=getattr(attend, name).span,
+                    help=f"it must be [l, kv_heads={site.dims['kv_heads']}, head_dim={site.dims['head_dim']}]",
+                )
+        return lowering, keys, values
+
+    def _concat(self, region: Region) -> Insertion:
+        start = latest(self.program.graph, [region.anchor.prev, *self.program.bindings])
+        builder = self._builder(start)
+        _, keys, values = self._prefix(builder)
+        region.extend(builder, keys, values)
+        node = self.program.current(self.tap.node)
+        return self._entry(builder, "concat", node, node, keys, values)
+
+    def _attend(self, region: Region) -> Insertion:
+        builder = self._builder(self._start(self._operand_nodes()))
+        lowering, keys, values = self._prefix(builder)
+        before = self.tap.read(self.program, builder)
+        dh, partition = region.attend(builder, keys, values)
+        if self.compose == "gate":
+            base = region.log_partition(builder)
+            gate = builder.call(aten.sigmoid.default, builder.call(aten.sub.Tensor, partition, base))
+            step = builder.call(aten.mul.Tensor, gate, builder.call(aten.sub.Tensor, dh, before))
+            lowering.env["gated"] = builder.call(aten.add.Tensor, before, step)
+        return self._finish(builder, lowering, before, None, dh, "gated" if self.compose == "gate" else "expression")
+
+    def _prepend(self) -> Insertion:
+        if self.edit.site.kind != "model" or self.edit.tap != "embeddings":
+            self._refuse("`prepend` lengthens the sequence and needs `at: model, modify: embeddings`")
+        builder = self._builder(latest(self.program.graph, list(self.program.bindings)))
+        lowering = self._lowering(builder, {})
+        self._lets(lowering, self.delta.form.let)
+        assert self.delta.form.dh is not None
+        rows = lowering.tensor(self.delta.form.dh)
+        before = self.tap.node
+        after = prepend(self.program, builder, before, rows)
+        self.program.replaced[before] = after
+        return self._entry(builder, "prepend", before, after, None, rows)
+
+
+def _sizes(shape: tuple[Any, ...]) -> str:
+    return f"[{', '.join(str(size) for size in shape)}]"

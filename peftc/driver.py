@@ -1,0 +1,139 @@
+"""The driver: what each command does, from paths to a report. The command line and scripts call these functions.
+
+    driver.apply("mam", "model_dir", "peftc-out", sets={"r": "64"})
+    driver.merge("peftc-out", "merged", export={"hf", "onnx"})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftc.diagnostics import fail
+from peftc.progress import NullProgress, Progress
+from peftc.reports import ApplyReport, MergeReport, PlanReport, SitesReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftc.frontend.trace import Skeleton
+    from peftc.ir.program import Program
+    from peftc.store.model_dir import ModelDir
+
+
+def sites(model_dir: str | Path, head: str | None = None, num_labels: int | None = None) -> SitesReport:
+    """What a rule can reach in the model."""
+    base, _, program = _program(model_dir, head, num_labels, NullProgress())
+    return SitesReport(base.path, program)
+
+
+def plan(
+    rule: str | Path,
+    model_dir: str | Path,
+    sets: Mapping[str, object] | None = None,
+    head: str | None = None,
+    num_labels: int | None = None,
+) -> PlanReport:
+    """What `apply` would do, and what would fold and how; nothing is written."""
+    from peftc.lang.loader import load_rule
+    from peftc.passes.fold import analyse_folds
+    from peftc.pipeline import rewrite
+
+    resolved = load_rule(rule, sets)
+    base, _, program = _program(model_dir, head, num_labels, NullProgress())
+    result = rewrite(program, resolved)
+    return PlanReport(base.path, result, analyse_folds(program))
+
+
+def apply(
+    rule: str | Path,
+    model_dir: str | Path,
+    out: str | Path,
+    *,
+    sets: Mapping[str, object] | None = None,
+    head: str | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ApplyReport:
+    """Rewrite the model's graph by `rule` and write the delta directory `out`. No base weight is read."""
+    from peftc.lang.loader import load_rule
+    from peftc.pipeline import rewrite
+    from peftc.runtime.api import base_reference
+    from peftc.runtime.delta_dir import write_directory
+    from peftc.runtime.init import initialize
+    from peftc.store.safetensors_io import TensorSpec, dtype_code
+
+    progress = progress or NullProgress()
+    resolved = load_rule(rule, sets)
+    base, skeleton, program = _program(model_dir, head, num_labels, progress)
+    progress.step(f"insert {resolved.name}")
+    result = rewrite(program, resolved)
+    entries = [TensorSpec(p.name, dtype_code(p.dtype), p.shape) for p in result.parameters.values()]
+    if force:
+        _clear_foreign(Path(out))
+    progress.step(f"write {out}")
+
+    def support(fresh: Path) -> None:
+        base.copy_support_files(fresh)
+        skeleton.model.config.save_pretrained(fresh)
+
+    write_directory(
+        Path(out),
+        plan=result,
+        base={**base_reference(base, head, num_labels, seed), "relative": _relative(base.path, Path(out))},
+        entries=entries,
+        produce=lambda name: initialize(result.parameters[name], seed),
+        support=support,
+        progress=progress.update,
+    )
+    return ApplyReport(Path(out), result)
+
+
+def merge(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    export: set[str] | None = None,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Fold a delta directory into its base and write the result to `out`, with a certificate."""
+    from peftc.merge import merge as run
+
+    return run(Path(directory), Path(out), export=export or {"hf"}, base=base, progress=progress or NullProgress())
+
+
+def _program(
+    model_dir: str | Path, head: str | None, num_labels: int | None, progress: Progress
+) -> tuple[ModelDir, Skeleton, Program]:
+    from peftc.frontend.trace import build_skeleton, default_inputs
+    from peftc.pipeline import analyse
+    from peftc.store.heads import resolve
+    from peftc.store.model_dir import ModelDir
+
+    base = ModelDir.open(model_dir)
+    base.refuse_adapted()
+    cls, config = resolve(base.config, base.path, head, num_labels)
+    progress.step(f"trace {cls.__name__}")
+    skeleton = build_skeleton(cls, config)
+    return base, skeleton, analyse(skeleton, default_inputs(skeleton.model))
+
+
+def _relative(path: Path, start: Path) -> str:
+    import os
+
+    return os.path.relpath(path.resolve(), start.resolve())
+
+
+def _clear_foreign(out: Path) -> None:
+    """`--force`: give way to a directory that peftc did not write, but never to a model or to files of a project."""
+    import shutil
+
+    if not out.exists():
+        return
+    if (out / "config.json").exists() and not (out / "peftc.json").exists() or (out / ".git").exists():
+        fail("E036", f"{out} looks like a model or a project; it is not replaced even with --force")
+    shutil.rmtree(out)

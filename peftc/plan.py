@@ -1,0 +1,302 @@
+"""The planner: a pure function from a rule and a site table to the list of edits, before anything is changed.
+
+    plan = make_plan(rule, program)
+    plan.edits      # one for each delta, site and tap, with its parameters and sizes
+    plan.trained    # base parameters that the rule trains as they are
+
+A rule that matches nothing is an error that shows the nearest miss; so is a parameter of impossible size.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from peftc.diagnostics import Collector, did_you_mean, fail
+from peftc.ir.program import DeltaParameter, Init, Program
+from peftc.ir.sites import Site
+from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
+from peftc.lang.static import evaluate_static
+from peftc.locate.walk import common_path
+from peftc.select import nearest_miss, selected
+
+if TYPE_CHECKING:
+    import torch
+
+_LARGEST = 2**30
+"""Delta elements allowed whatever the base's size; beyond it a delta may be four times the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One delta at one tap of one site. `statics` are the sizes and numbers its expressions see."""
+
+    delta: Delta
+    site: Site
+    tap: str
+    statics: dict[str, Scalar]
+    parameters: dict[str, DeltaParameter | None] = field(default_factory=dict)
+    """By the name the rule gives them; None where the parameter's `if` is false."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.delta.name}.{self.tap}" if len(self.delta.modify) > 1 else self.delta.name
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a rule would do to a program."""
+
+    rule: Rule
+    edits: tuple[Edit, ...]
+    trained: tuple[str, ...]
+    """Base parameters trained as they are."""
+    base_sizes: dict[str, int]
+    dtype: torch.dtype | None
+    """That of the delta parameters; None when there are none."""
+
+    @property
+    def parameters(self) -> dict[str, DeltaParameter]:
+        """Every delta parameter once, in order."""
+        return {p.name: p for edit in self.edits for p in edit.parameters.values() if p is not None}
+
+    @property
+    def base_count(self) -> int:
+        return sum(self.base_sizes.values())
+
+    @property
+    def delta_count(self) -> int:
+        return sum(p.numel for p in self.parameters.values() if not p.frozen)
+
+    @property
+    def trained_count(self) -> int:
+        """Trainable elements: deltas that are not frozen, and base parameters the rule trains."""
+        return self.delta_count + sum(self.base_sizes[name] for name in self.trained)
+
+    @property
+    def stored_count(self) -> int:
+        """Elements in the delta directory."""
+        return sum(p.numel for p in self.parameters.values()) + sum(self.base_sizes[name] for name in self.trained)
+
+    @property
+    def percent(self) -> float:
+        """Trained elements per hundred of the base."""
+        return 100 * self.trained_count / self.base_count
+
+    def sites_of(self, delta: str) -> list[Site]:
+        sites = {id(edit.site): edit.site for edit in self.edits if edit.delta.name == delta}
+        return list(sites.values())
+
+
+def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None) -> Plan:
+    """Plan `rule` on a located program. `dtype` is that of new parameters (default: float32, or float64 on float64).
+
+    Raises `PeftcError`: E004, E008, E009, E014, E020 to E025.
+    """
+    base = program.placeholders("parameter")
+    sizes = _base_sizes(program)
+    dtype = dtype or delta_dtype(program)
+    collector = Collector()
+    edits: list[Edit] = []
+    for delta in rule.deltas:
+        sites = selected(delta, rule, program.sites)
+        if not sites:
+            message, span, help_line = nearest_miss(delta, rule, program.sites)
+            collector.error("E020", message, span=span, help=help_line)
+            continue
+        if delta.expect is not None and delta.expect != len(sites):
+            collector.error(
+                "E021",
+                f"delta `{delta.name}` expects {delta.expect} sites and matches {len(sites)}",
+                span=delta.span_at("expect"),
+                help="`peftc sites` shows what the model has",
+            )
+        edits.extend(_edits(rule, delta, sites, dtype, collector))
+    trained = tuple(name for name in base if _is_trained(rule, name))
+    for glob in rule.train:
+        if not any(fnmatch.fnmatchcase(name, glob.pattern) for name in base):
+            collector.error(
+                "E025",
+                f"`train: {glob.pattern}` matches no parameter of the model",
+                span=glob.span,
+                help=did_you_mean(glob.pattern, {name.split(".")[0] + ".*" for name in base}),
+            )
+    collector.raise_if_errors()
+    plan = Plan(rule, tuple(edits), trained, sizes, dtype if any(edit.parameters for edit in edits) else None)
+    _refuse_absurd(plan)
+    return plan
+
+
+def delta_dtype(program: Program) -> torch.dtype:
+    """Deltas train in float32 whatever the base's dtype, except on a float64 base."""
+    import torch
+
+    dtypes = {node.meta["val"].dtype for node in program.placeholders("parameter").values()}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _base_sizes(program: Program) -> dict[str, int]:
+    """Elements of each base parameter; tied names count once, under the first."""
+    sizes = {}
+    for name, node in program.placeholders("parameter").items():
+        if name not in program.delta_parameters:
+            sizes[name] = 0 if name in program.tied else int(node.meta["val"].numel())
+    return sizes
+
+
+def _is_trained(rule: Rule, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob.pattern) for glob in rule.train)
+
+
+def _edits(rule: Rule, delta: Delta, sites: list[Site], dtype: torch.dtype, collector: Collector) -> Iterable[Edit]:
+    ranks = _ranks(sites)
+    for site in sites:
+        for tap in delta.modify:
+            if tap not in site.taps:
+                reason = site.missing.get(tap, f"{site.describe()} has no tap `{tap}`")
+                collector.error(
+                    "E004",
+                    f"delta `{delta.name}` modifies `{tap}` of {site.describe()}: {reason}",
+                    span=delta.span_at("modify"),
+                    help=did_you_mean(tap, site.taps),
+                )
+                continue
+            statics = site_statics(rule, delta, site, tap)
+            edit = Edit(delta, site, tap, statics)
+            for param in (*delta.form.params, *delta.params):
+                edit.parameters[param.name] = _parameter(delta, site, tap, param, sites, ranks, statics, dtype)
+            yield edit
+
+
+def site_statics(rule: Rule, delta: Delta, site: Site, tap: str) -> dict[str, Scalar]:
+    """The static names a delta's expressions see: dimensions, then form arguments, hyperparameters, `with`."""
+    env: dict[str, Scalar] = {}
+    env.update({name: value for name, value in site.dims.items() if name not in ("d_in", "d_out")})
+    value = site.taps[tap]
+    shape = value.canonical_shape
+    env["d_out"] = int(shape[0]) if tap == "weight" else value.width  # pyright: ignore[reportArgumentType]
+    if tap == "weight" and len(shape) > 1:
+        env["d_in"] = int(shape[1])  # pyright: ignore[reportArgumentType]
+    source = input_tap(delta, site, tap)
+    if tap != "weight" and source is not None:
+        env["d_in"] = site.taps[source].width
+    env.setdefault("d_in", env["d_out"])
+    env["has_bias"] = bool(site.dims.get("has_bias", False))
+    env.update({name: arg for name, arg in delta.form.args.items() if name not in rule.hyper})
+    env.update(rule.values)
+    for name, argument in delta.arguments.items():
+        env[name] = evaluate_static(argument, env) if isinstance(argument, Expr) else argument
+    return env
+
+
+_PARALLEL_INPUT = {"k": "ctx", "v": "ctx"}
+
+
+def input_tap(delta: Delta, site: Site, tap: str) -> str | None:
+    """The tap that is the delta's input x, or None where the insertion has none (weights, biases, embeddings)."""
+    if delta.insert == "sequential":
+        return tap
+    name = _PARALLEL_INPUT.get(tap, "x") if delta.insert == "parallel" else delta.insert
+    if name in site.taps:
+        return name
+    if delta.insert in ("parallel", "x"):
+        return None
+    fail(
+        "E004",
+        f"delta `{delta.name}` reads `{name}` of {site.describe()}: {site.missing.get(name, 'no such tap')}",
+        span=delta.span_at("insert"),
+        help=did_you_mean(name, site.taps),
+    )
+
+
+def _ranks(sites: list[Site]) -> dict[int, int]:
+    """Sites of different weights under one path are told apart by a number; calls of one module share."""
+    seen: dict[str, list[tuple[str, ...]]] = {}
+    ranks: dict[int, int] = {}
+    for site in sites:
+        identity = tuple(linear.weight_name for linear in site.linears.values()) or (site.kind,)
+        known = seen.setdefault(site.path, [])
+        if identity not in known:
+            known.append(identity)
+        ranks[id(site)] = known.index(identity)
+    return ranks
+
+
+def _parameter(
+    delta: Delta,
+    site: Site,
+    tap: str,
+    param: Param,
+    sites: list[Site],
+    ranks: dict[int, int],
+    statics: dict[str, Scalar],
+    dtype: torch.dtype,
+) -> DeltaParameter | None:
+    import torch
+
+    if param.condition is not None and not evaluate_static(param.condition, statics):
+        return None
+    shape = tuple(_size(delta, param, size, statics) for size in param.shape)
+    owner, middle = _owner(param, site, sites)
+    rank = ranks[id(site)] if param.share == "site" else 0
+    parts = [owner, "peftc", delta.name + (f"_{rank}" if rank else "")]
+    parts += [tap] if len(delta.modify) > 1 else []
+    name = ".".join(part for part in (*parts, middle, param.name) if part)
+    kind = getattr(torch, param.dtype) if param.dtype else dtype
+    return DeltaParameter(name, shape, kind, _init(param, statics), param.frozen, delta.name)
+
+
+def _size(delta: Delta, param: Param, size: Expr, statics: dict[str, Scalar]) -> int:
+    value: Any = evaluate_static(size, statics)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31:
+        fail(
+            "E014",
+            f"`{size.text}` of `{param.name}` in delta `{delta.name}` is {value}; a size is a whole number from 1",
+            span=size.span or param.span,
+        )
+    return value
+
+
+def _owner(param: Param, site: Site, sites: list[Site]) -> tuple[str, str]:
+    """The module that holds a parameter, and what tells its share group from the others under that module."""
+    if param.share == "site":
+        return site.path, ""
+    if param.share == "layer":
+        return site.block, ""
+    if param.share == "model":
+        return "", ""
+    same = [s for s in sites if s.stack == site.stack and (param.share == "stack" or s.variant == site.variant)]
+    path = common_path(s.path for s in same)
+    if any(s.path[len(path) + 1 :].split(".")[0].isdigit() for s in same):
+        path = path.rpartition(".")[0]  # a list of layers is no place for a parameter: take the module around it
+    return path, site.stack if param.share == "stack" else f"{site.stack}_{site.variant or site.kind}"
+
+
+def _init(param: Param, statics: dict[str, Scalar]) -> Init:
+    import ast
+
+    tree = param.init.tree
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+        numbers = [evaluate_static(Expr(ast.unparse(arg), arg, param.init.span, False), statics) for arg in tree.args]
+        return Init(tree.func.id, tuple(float(number) for number in numbers if isinstance(number, (int, float))))
+    if isinstance(tree, ast.Name) and tree.id not in statics:
+        return Init(tree.id)
+    value = evaluate_static(param.init, statics)
+    if not isinstance(value, (int, float)):
+        fail("E009", f"`init` of `{param.name}` is {value!r}, not a number", span=param.init.span)
+    return Init("constant", (float(value),))
+
+
+def _refuse_absurd(plan: Plan) -> None:
+    total = sum(p.numel for p in plan.parameters.values())
+    if total > max(_LARGEST, 4 * plan.base_count):
+        largest = max(plan.parameters.values(), key=lambda p: p.numel)
+        fail(
+            "E022",
+            f"the deltas would have {total:,} parameters, the base has {plan.base_count:,}; "
+            f"the largest is {largest.name} of shape {list(largest.shape)}",
+            span=next(e.delta.span for e in plan.edits if largest in e.parameters.values()),
+            help="make the rank or the prefix shorter with --set",
+        )

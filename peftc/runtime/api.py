@@ -1,0 +1,137 @@
+"""The Python API: `peftc.apply` grafts a rule into a pretrained model, `peftc.load` opens a delta directory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftc.diagnostics import PeftcError, fail
+from peftc.frontend.trace import build_skeleton, default_inputs
+from peftc.lang.loader import load_rule
+from peftc.pipeline import analyse, rewrite
+from peftc.runtime.delta_dir import DeltaDir, check_names
+from peftc.runtime.graph_model import Surgery, attach
+from peftc.runtime.init import initialize
+from peftc.runtime.signature import call_key
+from peftc.store.heads import resolve
+from peftc.store.model_dir import ModelDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftc.lang.rule import Rule
+
+__all__ = ["PeftcError", "apply", "load"]
+
+
+def apply(
+    rule: str | Path | Rule,
+    model_dir: str | Path,
+    set: Mapping[str, object] | None = None,  # noqa: A002
+    head: str | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load the model at `model_dir` and graft `rule` into it; returns an instance of the model's own class.
+
+    `set` changes hyperparameters of the rule, `head` and `num_labels` choose the model class as on the command line,
+    `dtype` is the base's (default: as stored). Deltas start as the rule says, from `seed`, and so does a head that
+    the checkpoint does not hold. Raises `PeftcError`.
+    """
+    resolved = rule if not isinstance(rule, (str, Path)) else load_rule(rule, set)
+    base = ModelDir.open(model_dir)
+    base.refuse_adapted()
+    base.require_weights()
+    model, cls = load_base(base, head, num_labels, seed, dtype)
+    surgery = operate(model, cls, resolved, base_reference(base, head, num_labels, seed), base.path)
+    values = {name: initialize(parameter, seed) for name, parameter in surgery.plan.parameters.items()}
+    return attach(model, surgery, values).eval()
+
+
+def load(directory: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The adapted model of a delta directory, as it was saved; `base` says where the base model is if it has moved.
+
+    Raises `PeftcError`: E034 (not a delta directory), E035 (another base), E040 (tensors and rule differ).
+    """
+    delta = DeltaDir.open(directory)
+    source = ModelDir.open(delta.base_dir(base))
+    source.require_weights()
+    check_fingerprint(delta, source)
+    reference = delta.manifest["base"]
+    model, cls = load_base(source, reference["head"], reference["num_labels"], reference["seed"], dtype)
+    provenance = base_reference(source, reference["head"], reference["num_labels"], reference["seed"])
+    surgery = operate(model, cls, delta.rule, provenance, source.path)
+    plan, values = surgery.plan, delta.tensors()
+    check_names(
+        delta.path,
+        {name: info.shape for name, info in delta.header.tensors.items()},
+        {name: parameter.shape for name, parameter in plan.parameters.items()},
+        {name: tuple(model.get_parameter(name).shape) for name in plan.trained},
+    )
+    adapted: Any = attach(model, surgery, values)
+    with torch.no_grad():
+        for name in (name for name in plan.trained if name in values):
+            adapted.get_parameter(name).copy_(values[name])
+    return adapted.eval()
+
+
+def load_base(
+    base: ModelDir, head: str | None, num_labels: int | None, seed: int, dtype: torch.dtype | None = None
+) -> tuple[Any, type[PreTrainedModel]]:
+    """The base model with its weights, and its class; a head that is not stored starts from `seed`."""
+    cls, config = resolve(base.config, base.path, head, num_labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with _quiet():
+            model = cls.from_pretrained(base.path, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True)
+    return model, cls
+
+
+def _quiet() -> Any:
+    """transformers reports every tensor it had to start anew; peftc says that in its own report."""
+    from peftc.frontend.trace import quiet
+
+    return quiet()
+
+
+def operate(model: Any, cls: type[PreTrainedModel], rule: Rule, provenance: dict[str, Any], base_dir: Path) -> Surgery:
+    """Trace the model for its usual inputs, rewrite the graph by `rule`, and keep both for the first calls."""
+    skeleton = build_skeleton(cls, copy.deepcopy(model.config), model.dtype)
+    inputs = default_inputs(skeleton.model)
+    program = analyse(skeleton, inputs)
+    plan = rewrite(program, rule)
+    surgery = Surgery(rule, plan, cls, provenance, base_dir)
+    surgery.skeletons[model.dtype] = skeleton
+    surgery.programs[model.dtype, plan.dtype, call_key(inputs, {})] = program
+    return surgery
+
+
+def base_reference(base: ModelDir, head: str | None, num_labels: int | None, seed: int) -> dict[str, Any]:
+    """What a delta directory records about its base."""
+    return {
+        "path": str(base.path.resolve()),
+        "fingerprint": base.fingerprint(),
+        "parts": base.fingerprint_parts().to_json(),
+        "head": head,
+        "num_labels": num_labels,
+        "seed": seed,
+    }
+
+
+def check_fingerprint(delta: DeltaDir, base: ModelDir) -> None:
+    """Refuse a base other than the one the delta was made on. Raises `PeftcError` E035."""
+    from peftc.store.fingerprint import Fingerprint
+
+    recorded = Fingerprint.from_json(delta.manifest["base"]["parts"])
+    differences = recorded.differences(base.fingerprint_parts())
+    if differences:
+        fail(
+            "E035",
+            f"{base.path} is not the base that {delta.path} was made on: {', '.join(differences)} differ",
+            help="give the right base with --base, or apply the rule to this one",
+        )

@@ -1,0 +1,170 @@
+"""The delta directory: what `apply` writes and training saves; small, never the base weights.
+
+    peftc.json             format version, base reference and fingerprint, head, counts, sites
+    rule.yaml              the rule with its hyperparameters resolved
+    delta.safetensors      delta tensors, and the base tensors that the rule trains
+    config.json, tokenizer files
+
+Written to a sibling directory and renamed into place, so a killed run leaves the old directory or none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftc.diagnostics import fail
+from peftc.store.atomic import atomic_directory
+from peftc.store.safetensors_io import Header, TensorSpec, dtype_code, read_header, read_tensor, write
+
+if TYPE_CHECKING:
+    import torch
+
+    from peftc.lang.rule import Rule
+    from peftc.plan import Plan
+
+FORMAT = 1
+MANIFEST, RULE, TENSORS = "peftc.json", "rule.yaml", "delta.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaDir:
+    """An opened delta directory; tensors are read one by one on demand."""
+
+    path: Path
+    manifest: dict[str, Any]
+    rule: Rule
+    header: Header
+
+    @staticmethod
+    def open(path: str | Path) -> DeltaDir:
+        """Read and check a delta directory. Raises `PeftcError` E034, E031, or what the rule says."""
+        from peftc.lang.loader import parse_rule
+
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            what = "does not exist" if not path.exists() else f"holds no {MANIFEST}"
+            fail("E034", f"{path} is not a delta directory: it {what}", help="`peftc apply RULE MODEL_DIR` makes one")
+        manifest = _read_manifest(path / MANIFEST)
+        rule_file = path / RULE
+        if not rule_file.is_file():
+            fail("E034", f"{path} holds no {RULE}", help="the directory is not whole; apply the rule again")
+        rule = parse_rule(rule_file.read_text(encoding="utf-8"), str(rule_file))
+        return DeltaDir(path, manifest, rule, read_header(path / TENSORS))
+
+    def read(self, name: str) -> torch.Tensor:
+        return read_tensor(self.header, name)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: self.read(name) for name in self.header.tensors}
+
+    def base_dir(self, override: str | Path | None = None) -> Path:
+        """Where the base model is: `override`, or the place `apply` found it (relative to this directory or not)."""
+        if override is not None:
+            return Path(override)
+        recorded = Path(self.manifest["base"]["path"])
+        beside = (self.path / self.manifest["base"].get("relative", "")).resolve()
+        if not recorded.exists() and (beside / "config.json").exists():
+            return beside
+        if not recorded.exists():
+            fail("E030", f"the base model is no longer at {recorded}", help="say where it is with --base MODEL_DIR")
+        return recorded
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        fail("E034", f"{file} cannot be read: {error}", help="apply the rule again")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "base" not in manifest:
+        fail("E034", f"{file} is of another format than {FORMAT}", help="use the peftc that wrote it")
+    return manifest
+
+
+def check_names(
+    path: Path,
+    stored: Mapping[str, tuple[int, ...]],
+    deltas: Mapping[str, tuple[int, ...]],
+    trained: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Every delta is stored with its shape, and nothing else is but base tensors the rule trains (those are there
+    once they have been trained). Raises `PeftcError` E040.
+    """
+    wanted = {**deltas, **trained}
+    missing = [name for name in deltas if name not in stored]
+    extra = [name for name in stored if name not in wanted]
+    wrong = [name for name in wanted if name in stored and tuple(stored[name]) != tuple(wanted[name])]
+    problems = (("is missing", missing), ("belongs to no delta of the rule", extra), ("has another shape", wrong))
+    for what, names in problems:
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            message = f"{path / TENSORS}: {names[0]}{more} {what}"
+            fail("E040", message, help=f"{RULE} and {TENSORS} must come from one and the same save")
+
+
+def write_directory(
+    target: Path,
+    *,
+    plan: Plan,
+    base: Mapping[str, Any],
+    entries: list[TensorSpec],
+    produce: Callable[[str], torch.Tensor],
+    support: Callable[[Path], None],
+    replace: bool = True,
+    progress: Any = None,
+) -> None:
+    """Write a delta directory in one move. `support` copies config and tokenizer into it."""
+    with atomic_directory(target, replace=replace) as fresh:
+        support(fresh)
+        (fresh / RULE).write_text(plan.rule.text, encoding="utf-8")
+        write(fresh / TENSORS, entries, produce, metadata={"format": "pt"}, progress=progress)
+        manifest = {"format": FORMAT, "base": dict(base), **plan_summary(plan)}
+        (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON: counts, and each delta's sites with their parameters."""
+    deltas = []
+    for delta in plan.rule.deltas:
+        edits = [edit for edit in plan.edits if edit.delta is delta]
+        sites = [{"site": e.site.kind, "path": e.site.path, "tap": e.tap} for e in edits]
+        deltas.append({"name": delta.name, "form": delta.form.name, "sites": sites})
+    return {
+        "rule": plan.rule.name,
+        "counts": {
+            "trained": plan.trained_count,
+            "stored": plan.stored_count,
+            "base": plan.base_count,
+            "percent": round(plan.percent, 4),
+        },
+        "trained_base": list(plan.trained),
+        "deltas": deltas,
+    }
+
+
+def write_model(model: Any, target: Path) -> None:
+    """Save an adapted model's deltas and trained base tensors into `target`."""
+    surgery = model.surgery
+    names = [*surgery.plan.parameters, *surgery.plan.trained]
+    values = {name: model.get_parameter(name).detach().cpu() for name in names}
+    entries = [TensorSpec(name, dtype_code(value.dtype), tuple(value.shape)) for name, value in values.items()]
+
+    def support(fresh: Path) -> None:
+        from peftc.store.model_dir import ModelDir
+
+        if surgery.base_dir is not None:
+            ModelDir.open(surgery.base_dir).copy_support_files(fresh)
+        config = {**model.config.to_dict(), "architectures": [surgery.base_class.__name__]}
+        config.pop("use_cache", None)
+        (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    base = dict(surgery.provenance)
+    if "path" in base:
+        base["relative"] = os.path.relpath(base["path"], target.resolve())
+    write_directory(
+        target, plan=surgery.plan, base=base, entries=entries, produce=values.__getitem__, support=support
+    )

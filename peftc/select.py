@@ -1,0 +1,95 @@
+"""Selection: which sites a delta's `at` and `where` mean, and, when none, which condition was nearest to holding."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+
+from peftc.diagnostics import Span
+from peftc.ir.sites import Site
+from peftc.lang.rule import Delta, Rule, Scalar, Where
+from peftc.lang.static import evaluate_static
+
+Condition = tuple[str, Callable[[Site], bool]]
+
+
+def selected(delta: Delta, rule: Rule, sites: Sequence[Site]) -> list[Site]:
+    """The sites of the kinds `delta.at` for which every condition of `delta.where` holds, in graph order."""
+    conditions = _conditions(delta.where, rule)
+    return [site for site in sites if site.kind in delta.at and all(holds(site) for _, holds in conditions)]
+
+
+def _conditions(where: Where, rule: Rule) -> list[Condition]:
+    conditions: list[Condition] = []
+    if where.layers is not None:
+        conditions.append(("layers", lambda site: site.layer in layer_set(where.layers, int(site.dims["layers"]))))
+    if where.stack:
+        conditions.append(("stack", lambda site: site.stack in where.stack))
+    if where.kind:
+        conditions.append(("kind", lambda site: site.variant in where.kind))
+    if where.role:
+        conditions.append(("role", lambda site: site.role in where.role))
+    if where.path:
+        conditions.append(("path", lambda site: any(fnmatch.fnmatchcase(site.path, glob) for glob in where.path)))
+    condition = where.condition
+    if condition is not None:
+        conditions.append(("if", lambda site: bool(evaluate_static(condition, condition_env(site, rule)))))
+    return conditions
+
+
+def condition_env(site: Site, rule: Rule) -> dict[str, Scalar]:
+    """What `where.if` sees: hyperparameters and the site's dimensions; 0 for one that this kind of site lacks."""
+    names = ("d_model", "d_ff", "d_in", "d_out", "heads", "kv_heads", "head_dim", "layer", "layers")
+    env: dict[str, Scalar] = dict.fromkeys(names, 0)
+    env["has_bias"] = False
+    env.update(site.dims)
+    env.update(rule.values)
+    return env
+
+
+def layer_set(layers: tuple[int, ...] | str | None, count: int) -> set[int]:
+    """Layer indices out of `count`: a list (negative from the end), "A-B", "first N" or "last N"."""
+    if layers is None:
+        return set(range(count))
+    if isinstance(layers, str):
+        word, _, rest = layers.partition(" ")
+        if word == "first":
+            return set(range(min(int(rest), count)))
+        if word == "last":
+            return set(range(max(0, count - int(rest)), count))
+        low, _, high = layers.partition("-")
+        return set(range(int(low), int(high) + 1))
+    return {index + count if index < 0 else index for index in layers}
+
+
+def nearest_miss(delta: Delta, rule: Rule, sites: Sequence[Site]) -> tuple[str, Span | None, str]:
+    """Why nothing matched: message, place and help, for the condition that excluded the last candidates."""
+    of_kind = [site for site in sites if site.kind in delta.at]
+    wanted = " or ".join(delta.at)
+    if not of_kind:
+        kinds = sorted({site.kind for site in sites if site.kind != "model"})
+        message = f"delta `{delta.name}` matches nothing: this model has no {wanted} site"
+        return message, delta.span_at("at"), f"it has: {', '.join(kinds)}"
+    left = of_kind
+    for name, holds in _conditions(delta.where, rule):
+        kept = [site for site in left if holds(site)]
+        if not kept:
+            message = f"delta `{delta.name}` matches nothing: `where.{name}` excludes the last {len(left)} {wanted} sites"
+            span = delta.where.spans.get(name) or delta.span_at("where")
+            return message, span, f"these sites have: {_values(name, left)}"
+        left = kept
+    return f"delta `{delta.name}` matches nothing", delta.span, ""
+
+
+def _values(name: str, sites: list[Site]) -> str:
+    if name == "layers":
+        return f"layers 0 to {max(site.layer for site in sites)}"
+    read: dict[str, Callable[[Site], str]] = {
+        "stack": lambda site: site.stack,
+        "kind": lambda site: site.variant or "no kind",
+        "role": lambda site: site.role or "no role",
+        "path": lambda site: site.path,
+        "if": lambda site: ", ".join(f"{k}={v}" for k, v in site.dims.items()),
+    }
+    found = list(dict.fromkeys(read[name](site) for site in sites))
+    return ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
