@@ -36,6 +36,7 @@ _REMEDIES = {
     errno.EFBIG: "the file system does not take files this large: write elsewhere with -o",
     errno.ENAMETOOLONG: "give a shorter name with -o",
     errno.ENOTDIR: "a part of the path is a file: give another one with -o",
+    errno.EEXIST: "a part of the path is a file: give another one with -o",
     errno.EBUSY: "the place is in use or a mount point: write to a directory inside it",
     errno.EXDEV: "the place is a mount point: write to a directory inside it",
     errno.EIO: "the disk reports a fault: write to another disk with -o",

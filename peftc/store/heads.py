@@ -55,7 +55,7 @@ def resolve(
 
     Raises:
         PeftcError: E032, the model type, the architecture or the head is unknown, or has no labels to count;
-            E030, the config is not valid for its model type.
+            E030, the config is not valid for its model type, or the weights are quantized.
     """
     loaded = _load_config(config, path)
     if head is not None and head not in HEADS:
@@ -89,6 +89,9 @@ def _load_config(config: Mapping[str, Any], path: str | os.PathLike[str]) -> Pre
             fail("E032", message, help="use a model whose class is part of transformers")
         near = did_you_mean(model_type, CONFIG_MAPPING.keys()) or ""
         fail("E032", message, help=near if near.startswith("did") else "upgrade transformers, if the model is new")
+    if config.get("quantization_config"):
+        message = f"{path}: its weights are quantized, and peftc reads plain ones only"
+        fail("E030", message, help="use the model that this one was quantized from")
     try:
         return CONFIG_MAPPING[model_type].from_dict(dict(config))
     except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:

@@ -84,10 +84,14 @@ class ModelDir:
             PeftcError: E030, this is not a model directory; E031, weights are truncated, missing, or in disorder.
         """
         path = Path(path)
-        config = _read_config(path)
-        headers = _read_headers(path)
+        try:
+            config = _read_config(path)
+            headers = _read_headers(path)
+            tokenizer_files = _matching(path, TOKENIZER_FILES)
+        except OSError as error:
+            fail("E030", f"{path} cannot be read: {error.strerror or error}", help="check the path and its permissions")
         tensors = {name: (header, info) for header in headers for name, info in header.tensors.items()}
-        return ModelDir(path, config, headers, tensors, _matching(path, TOKENIZER_FILES))
+        return ModelDir(path, config, headers, tensors, tokenizer_files)
 
     @property
     def has_weights(self) -> bool:
