@@ -70,11 +70,23 @@ class Diagnostic:
         }
 
 
+_WIDEST = 160
+"""Columns of a source line that are shown; a longer one is cut around the caret."""
+
+
 def _excerpt(span: Span) -> list[str]:
     number = str(span.line)
     gutter = " " * (len(number) + 1)
-    caret = " " * (span.col - 1) + "^" * max(1, span.end_col - span.col)
-    return [f"{gutter}--> {span}", f"{gutter} |", f"{number}  | {span.text}", f"{gutter} | {caret}"]
+    text, start, width = span.text, span.col - 1, max(1, span.end_col - span.col)
+    if len(text) > _WIDEST:
+        first = max(0, min(start - _WIDEST // 4, len(text) - _WIDEST))
+        text, start = text[first : first + _WIDEST], start - first
+        if first > 0:
+            text, start = f"...{text}", start + 3
+        if first + _WIDEST < len(span.text):
+            text, width = f"{text}...", max(1, min(width, len(text) - start))
+    pad = "".join("\t" if char == "\t" else " " for char in text[:start].ljust(start))
+    return [f"{gutter}--> {span}", f"{gutter} |", f"{number}  | {text}", f"{gutter} | {pad}{'^' * width}"]
 
 
 class PeftcError(Exception):

@@ -87,7 +87,10 @@ def _complaint(tree: MappingNode, path: Path, group: list[ErrorDetails]) -> Comp
         owner = f" of `{path[-2]}`" if len(path) > 1 else ""
         return Complaint("E010", path, f"missing key `{key}`{owner}", _key_span(tree, path[:-1]))
     if "extra_forbidden" in kinds:
-        return Complaint("E003", path, f"unknown key `{name}`", _key_span(tree, path))
+        help = None
+        if ")" in name and "(" not in name:
+            help = "inside `{ }`, quote an expression that holds a comma"
+        return Complaint("E003", path, f"unknown key `{name}`", _key_span(tree, path), help)
     if any(error["loc"][-1] == "[key]" for error in group):
         message = f"`{name}` is not a name"
         help = "a name is letters, digits and _, and starts with no digit"
@@ -97,7 +100,8 @@ def _complaint(tree: MappingNode, path: Path, group: list[ErrorDetails]) -> Comp
     help = None
     for error in group:
         if error["type"] == "literal_error" and isinstance(node, ScalarNode):
-            help = did_you_mean(node.text, _choices(error))
+            near = did_you_mean(node.text, _choices(error)) or ""
+            help = near if near.startswith("did") else help
     return Complaint("E009", path, f"`{name}` must be {_expected(group)}, not {got}", span, help)
 
 
@@ -117,6 +121,8 @@ def _expected(group: list[ErrorDetails]) -> str:
             wanted.append(text)
     if "a number" in wanted and "a whole number" in wanted:
         wanted.remove("a whole number")
+    if {"a number", "true or false", "a word"} <= set(wanted):
+        wanted = ["a single value", *(text for text in wanted if text not in ("a number", "true or false", "a word"))]
     wanted.sort(key=lambda text: _ORDER.index(text) if text in _ORDER else -1)
     return wanted[0] if len(wanted) == 1 else f"{', '.join(wanted[:-1])} or {wanted[-1]}"
 
@@ -152,7 +158,7 @@ def _shown_path(path: Path) -> str:
 def _key_span(tree: MappingNode, path: Path) -> Span | None:
     """The place of the key that `path` ends with."""
     if not path:
-        return None
+        return next((key.span for key, _ in tree.entries.values()), tree.span)
     owner, key = node_at(tree, path[:-1]), path[-1]
     if isinstance(owner, MappingNode) and isinstance(key, str) and key in owner.entries:
         return owner.key(key).span

@@ -43,7 +43,7 @@ def check_version(tree: MappingNode, key: str, what: str) -> None:
                 fail("E019", f"this is a {kind} file, not a {what}", span=tree.key(other).span)
     elif value(node) != 1 or isinstance(value(node), bool):
         shown = f"`{node.text}`" if isinstance(node, ScalarNode) else "this"
-        fail("E019", f"{shown} is not a format version of a {what}", span=node.span, help=f"write `{key}: 1`")
+        fail("E019", f"{shown} is not a format version of a {what}", span=node.span, help="this peftc reads version 1")
 
 
 def read_form(

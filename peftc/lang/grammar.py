@@ -83,10 +83,13 @@ def tree_of(source: str, span: Span | None, exact: bool) -> ast.expr:
     except (RecursionError, MemoryError):
         fail("E017", "the expression is nested too deep", span=span)
     except SyntaxError as error:
-        if "too many nested" in (error.msg or ""):
+        reason, at = error.msg or "", max(0, min((error.offset or 1) - 1, len(source)))
+        if "too many nested" in reason:
             fail("E017", "the expression is nested too deep", span=span)
-        at = max(0, min((error.offset or 1) - 1, len(source)))
-        fail("E011", "this is not an expression", span=_token(place, at, at + 1), help=_ADMITTED["tensor"])
+        if "was never closed" in reason:
+            help = "inside YAML's `{ }` and `[ ]`, quote an expression that holds a comma"
+            fail("E011", f"`{source[at : at + 1]}` is never closed", span=_token(place, at, at + 1), help=help)
+        fail("E011", "this is not an expression", span=_token(place, at, at + 1))
     except ValueError as error:  # an integer literal beyond Python's digit limit
         fail("E017", f"the expression cannot be read: {error}", span=span)
     _check_depth(tree, span)
@@ -196,7 +199,10 @@ class _Checker:
                 self.node(part)
 
     def _call(self, node: ast.Call) -> None:
-        op = self._op(node)
+        if not isinstance(node.func, ast.Name):
+            self._refuse_callee(node.func)
+            return
+        op = self._op(node, node.func.id)
         arguments = list(node.args)
         for position, argument in enumerate(arguments):
             self._argument(op, position, argument)
@@ -218,15 +224,22 @@ class _Checker:
         else:
             self.node(argument)
 
-    def _op(self, node: ast.Call) -> Op | None:
+    def _refuse_callee(self, func: ast.expr) -> None:
+        if isinstance(func, ast.Attribute):
+            help = f"write `{func.attr}(...)`" if func.attr in OPS else "ops are called by name: relu(x)"
+            self.collector.error("E011", "a method call is not admitted", span=self.expr.span_of(func), help=help)
+        else:
+            self._refuse(func, "calling anything but an op by name")
+
+    def _op(self, node: ast.Call, name: str) -> Op | None:
         """The op that is called; None after an error, or where only the word's value will tell."""
-        if not isinstance(node.func, ast.Name):
-            self._refuse(node.func, "calling this")
-            return None
-        name, known = node.func.id, OPS if self.mode == "tensor" else STATIC_CALLS
+        known = OPS if self.mode == "tensor" else STATIC_CALLS
         if self.mode == "tensor" and isinstance(self.words.get(name), str):
             return OPS.get(str(self.words[name]))
-        if name not in known:
+        if name not in known and name in (STATIC_CALLS if self.mode == "tensor" else OPS):
+            place = "only for sizes and conditions" if self.mode == "tensor" else "an op for tensors, not for sizes"
+            self.collector.error("E011", f"`{name}` is {place}", span=self.expr.span_of(node.func))
+        elif name not in known:
             callable_words = [w for w, value in self.words.items() if value in OPS] if self.mode == "tensor" else []
             help = did_you_mean(name, [*known, *callable_words])
             self.collector.error("E007", f"unknown op `{name}`", span=self.expr.span_of(node.func), help=help)
@@ -251,14 +264,19 @@ class _Checker:
         _check_arguments(self.expr, call or node, INITS[name.id], self.collector)
 
 
+def count(op: Op) -> str:
+    """How many arguments `op` takes, in words."""
+    low, high = op.arity
+    if low == high:
+        return "1 argument" if low == 1 else f"{low} arguments"
+    return f"{low} to {high} arguments"
+
+
 def _check_arguments(expr: Expr, node: ast.expr, op: Op, collector: Collector) -> None:
     """E012 when a call of `op` has a wrong number of arguments, a wrong keyword, or an einsum its operands."""
     args = node.args if isinstance(node, ast.Call) else []
-    low, high = op.arity
-    if not low <= len(args) <= high:
-        wanted = str(low) if low == high else f"{low} to {high}"
-        plural = "argument" if wanted == "1" else "arguments"
-        message = f"`{op.name}` takes {wanted} {plural}, {len(args)} given"
+    if not op.arity[0] <= len(args) <= op.arity[1]:
+        message = f"`{op.name}` takes {count(op)}, {len(args)} given"
         collector.error("E012", message, span=expr.span_of(node), help=f"{op.name}: {op.doc}")
         return
     seen: set[str] = set()

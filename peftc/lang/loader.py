@@ -56,6 +56,8 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     text = text.removeprefix("\ufeff")
     collector = Collector()
     tree = compose(text, file, collector)
+    if any(error.code == "E016" for error in collector.errors):
+        collector.raise_if_errors()
     if not isinstance(tree, MappingNode):
         fail("E009", "a rule must be a mapping of `key: value`", span=tree.span, help="it starts with `peftc: 1`")
     forms.check_version(tree, "peftc", "rule")

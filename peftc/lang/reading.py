@@ -61,7 +61,8 @@ class Reader:
         known = scope.static | scope.tensors
         for name, node in name_nodes(expr).items():
             if name not in known and (not scope.loose or name in RESERVED):
-                self.collector.error("E008", f"unknown name `{name}`", span=expr.span_of(node), help=_help(name, known))
+                help = _help(name, scope)
+                self.collector.error("E008", f"unknown name `{name}`", span=expr.span_of(node), help=help)
         for node in tensors_in_static_places(expr, scope.tensors - scope.static):
             message = f"`{node.id}` is a tensor; here only a static value can be"
             help = "static: numbers, hyperparameters, form arguments, dimensions"
@@ -120,19 +121,23 @@ class Reader:
                 message = f"`{name}` is a word of the expression language and cannot be a name"
                 self.collector.error("E009", message, span=key.span, help=f"write `{name}_`, say")
             elif name in described or name in RESERVED:
-                other = described.get(name) or RESERVED[name]
-                message = f"`{name}` is already {other}"
+                message = f"`{name}` already names {described.get(name) or RESERVED[name]}"
                 self.collector.error("E023", message, span=key.span, help="choose another name")
             described[name] = what
         return described
 
 
-def _help(name: str, known: Collection[str]) -> str | None:
+def _help(name: str, scope: Scope) -> str | None:
     if name in ("true", "false", "none"):
         return f"write `{name.capitalize()}` in an expression"
     if name == "dh":
         return "`dh` is only known in `compose`"
-    return did_you_mean(name, known)
+    near = did_you_mean(name, scope.static | scope.tensors) or ""
+    if near.startswith("did"):
+        return near
+    given = did_you_mean("", (scope.static | scope.tensors - TAPS | {"x"} & scope.tensors) - {*DIMS})
+    others = "the site's dimensions" + (" and taps" if scope.tensors else "")
+    return f"{given}; and {others}" if given else f"known: {others}"
 
 
 def tensors_in_static_places(expr: Expr, tensors: Collection[str]) -> Iterator[ast.Name]:
@@ -162,10 +167,12 @@ def is_static(expr: Expr, scope: Scope) -> bool:
     return name_nodes(expr).keys() <= scope.static
 
 
-def form_scope(static: Collection[str], params: Collection[str], *, loose: bool) -> Scope:
-    """What expressions of a form may name: static values, parameters, x, h and the taps of sites."""
+def form_scope(
+    static: Collection[str], params: Collection[str], taps: Collection[str] = TAPS, *, loose: bool = False
+) -> Scope:
+    """What expressions of a form may name: static values, parameters, x, h and the taps of the site."""
     known = frozenset(static) | frozenset(DIMS)
-    return Scope(known, frozenset({"x", "h", *params}) | (TAPS - known), loose)
+    return Scope(known, frozenset({"x", "h", *params, *(tap for tap in taps if tap not in known)}), loose)
 
 
 def value(node: Node | None) -> Scalar:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from peftc.diagnostics import Collector, PeftcError, Span, did_you_mean
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
-from peftc.lang.forms import read_form
+from peftc.lang.forms import param_expressions, read_form
 from peftc.lang.library import form_names, load_form
 from peftc.lang.reading import Reader, Scope, form_scope, value, word, words
-from peftc.lang.rule import Delta, Expr, Form, Hyper, Scalar, Where
-from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES
+from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar, Where
+from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES, TAPS
 from peftc.lang.source import MappingNode, Node, ScalarNode, SequenceNode
 from peftc.lang.uses import FormUse, check_composition
 
@@ -54,7 +54,7 @@ class RowReader:
         if form is None or compose is None:
             return None
         use = FormUse(node, form, arguments, self.hypers, self.declared, self.collector)
-        use.check({*_keys(node, "params")})
+        use.check({*_keys(node, "params")}, _read_by_row(params, lets, compose))
         delta = Delta(
             key.text,
             at,
@@ -80,7 +80,7 @@ class RowReader:
     def _scope(self, node: MappingNode, form: Form | None, arguments: Mapping[str, object]) -> Scope:
         static = {*self.declared, *arguments, *(form.args if form else ())}
         params = {*(param.name for param in form.params)} if form else set[str]()
-        return form_scope(static, params | set(_keys(node, "params")), loose=form is None)
+        return form_scope(static, params | set(_keys(node, "params")), _taps_of(node), loose=form is None)
 
     def _sites(self, node: MappingNode) -> tuple[str, ...]:
         found = words(node.get("at"))
@@ -147,7 +147,7 @@ class RowReader:
             return None
         if name is None or not _BARE.fullmatch(name) or name in _keys(node, "params"):
             reader = self._reader(_values(arguments))
-            scope = form_scope({*self.declared, *arguments}, _keys(node, "params"), loose=False)
+            scope = form_scope({*self.declared, *arguments}, _keys(node, "params"), _taps_of(node))
             dh = reader.expr(given)
             reader.names(dh, scope)
             return Form("", dh=dh, file=self.file) if dh else None
@@ -165,7 +165,7 @@ class RowReader:
         args = {name: value(item) for name, item in _items(given, "args")}
         reader = self._reader({**args, **_values(arguments)})
         params = [*_keys(node, "params"), *_keys(given, "params")]
-        scope = form_scope({*self.declared, *arguments, *args}, params, loose=False)
+        scope = form_scope({*self.declared, *arguments, *args}, params, _taps_of(node))
         taken = dict.fromkeys(self.declared - args.keys(), "a hyperparameter")
         return read_form(given, reader, scope, name="", file=self.file, key="expr", taken=taken)
 
@@ -204,8 +204,19 @@ class RowReader:
             return None if layer is None else (layer,)
         low, dash, high = text.partition("-")
         if node is not None and ((dash and int(low) > int(high)) or (text.split()[-1] == "0" and not dash)):
-            self.collector.error("E009", f"`{text}` names no layer", span=node.span, help="write the lower layer first")
+            self.collector.error("E009", f"`{text}` names no layer", span=node.span, help="as in 0-5, or first 4")
         return " ".join(text.split()) if not dash else f"{int(low)}-{int(high)}"
+
+
+def _read_by_row(params: tuple[Param, ...], lets: Mapping[str, Expr], compose: Expr) -> set[str]:
+    exprs = [expr for param in params for expr in param_expressions(param)]
+    return {name for expr in (*exprs, *lets.values(), compose) for name in name_nodes(expr)}
+
+
+def _taps_of(node: MappingNode) -> frozenset[str]:
+    """The taps that every site in the row's `at` has."""
+    sites = [frozenset(SITES[item.text]) for item in words(node.get("at")) if item.text in SITES]
+    return frozenset.intersection(*sites) if sites else TAPS
 
 
 def _values(arguments: Mapping[str, Scalar | Expr]) -> dict[str, Scalar]:

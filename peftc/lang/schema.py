@@ -138,7 +138,7 @@ def check(tree: MappingNode, model: type[BaseModel], collector: Collector) -> Ma
         if complaint.code == "E003":
             *owner, wrong = complaint.path
             known = keys_of(_model_at(model, tuple(owner)))
-            help = did_you_mean(str(wrong), known)
+            help = help or did_you_mean(str(wrong), known)
             meant |= {(*owner, key) for key in known if help == f"did you mean `{key}`?"}
         if complaint.path not in meant:  # a misspelt key is not missing as well
             collector.error(complaint.code, complaint.message, span=complaint.span, help=help)

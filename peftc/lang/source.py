@@ -265,7 +265,7 @@ class _Composer:
         value = event.value if event.style else resolve_plain(event.value)
         if isinstance(value, float) and not math.isfinite(value):
             self.collector.error("E009", f"`{event.value}` is not a finite number", span=span)
-            value = 0.0
+            value = 1
         written = self.text[start:end]
         exact = (written[1:-1] if quoted else written) == event.value and "\n" not in written
         return ScalarNode(event.value, value, span, start, end, exact, shared=event.anchor is not None)

@@ -10,6 +10,7 @@ from peftc.diagnostics import Collector, Span, did_you_mean
 from peftc.lang.complaints import shown
 from peftc.lang.expr import calls_in, name_nodes
 from peftc.lang.forms import expressions, needs
+from peftc.lang.grammar import count
 from peftc.lang.ops import OPS
 from peftc.lang.reading import words
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar
@@ -28,11 +29,11 @@ class FormUse:
     declared: frozenset[str]
     collector: Collector
 
-    def check(self, params: set[str]) -> None:
-        """Report what does not fit; `params` are the row's own parameters."""
+    def check(self, params: set[str], read_by_row: set[str]) -> None:
+        """Report what does not fit; `params` are the row's own, `read_by_row` names in its other expressions."""
         if self.form.name:
             self._check_needs(params)
-        self._check_arguments()
+        self._check_arguments(read_by_row)
         self._check_words()
 
     def _check_needs(self, params: set[str]) -> None:
@@ -48,10 +49,10 @@ class FormUse:
                 message = f"form `{self.form.name}` reads the tap `{name}`, which {site} has not"
                 self.collector.error("E004", message, span=span, help=f"taps: {', '.join(SITES[site])}")
 
-    def _check_arguments(self) -> None:
-        """E003 for each name under `with:` that the form does not read."""
-        read = {name for expr in expressions(self.form) for name in (*name_nodes(expr), *calls_in(expr))}
-        offered = {*self.form.args, *needs(self.form)} - TAPS
+    def _check_arguments(self, read_by_row: set[str]) -> None:
+        """E003 for each name under `with:` that neither the form nor the row reads."""
+        read = {name for expr in expressions(self.form) for name in (*name_nodes(expr), *calls_in(expr))} | read_by_row
+        offered = {*self.form.args, *(needs(self.form).keys() - TAPS)}
         given = self.node.get("with")
         for name, (key, _) in given.entries.items() if isinstance(given, MappingNode) else ():
             if name not in self.form.args and name not in read - self._own():
@@ -81,7 +82,7 @@ class FormUse:
                 message = f"unknown op `{shown(given)}`"
                 self.collector.error("E007", message, span=span, help=did_you_mean(given, known))
             elif not op.arity[0] <= len(node.args) <= op.arity[1]:
-                message = f"`{op.name}` takes {op.arity[0]} arguments; the form calls `{name}` with {len(node.args)}"
+                message = f"`{op.name}` takes {count(op)}; the form calls `{name}` with {len(node.args)}"
                 self.collector.error("E012", message, span=span)
 
     def _resolved(self, name: str) -> tuple[Scalar, Span | None]:
