@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftc.diagnostics import Span, did_you_mean
-from peftc.lang.source import MappingNode, Node, ScalarNode, SequenceNode
+from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -47,10 +47,10 @@ class Complaint:
 def complaints(tree: MappingNode, errors: Sequence[ErrorDetails]) -> list[Complaint]:
     """The distinct mistakes behind pydantic's `errors` about `plain(tree)`."""
     located = [(_path(tree, error), error) for error in errors]
+    above = {path[:length] for path, _ in located for length in range(len(path))}
     groups: dict[Path, list[ErrorDetails]] = {}
     for path, error in located:
-        deeper = any(len(other) > len(path) and other[: len(path)] == path for other, _ in located)
-        if not deeper:
+        if path not in above:
             groups.setdefault(path, []).append(error)
     return [_complaint(tree, path, group) for path, group in groups.items()]
 

@@ -15,7 +15,8 @@ from peftc.lang.reading import Reader, Scope, form_scope, value, word
 from peftc.lang.rule import Attend, Expr, Form, Param, Scalar
 from peftc.lang.schema import FormFile, check
 from peftc.lang.sites import DIMS
-from peftc.lang.source import MappingNode, ScalarNode, compose
+from peftc.lang.source import compose
+from peftc.lang.tree import MappingNode, ScalarNode
 
 
 def parse_form(text: str, file: str) -> Form:

@@ -16,7 +16,7 @@ from peftc.diagnostics import Collector, did_you_mean
 from peftc.lang.complaints import shown
 from peftc.lang.reading import value, word
 from peftc.lang.rule import Hyper, Scalar
-from peftc.lang.source import MAX_DIGITS, MappingNode, Node, ScalarNode, resolve_plain
+from peftc.lang.tree import MAX_DIGITS, MappingNode, Node, ScalarNode, resolve_plain
 
 SIZES = frozenset({"r", "l"})
 """Names that are sizes wherever they stand."""

@@ -23,7 +23,8 @@ from peftc.lang.reading import Reader, word, words
 from peftc.lang.rows import RowReader
 from peftc.lang.rule import Delta, Expr, Glob, Hyper, Rule
 from peftc.lang.schema import RuleFile, check
-from peftc.lang.source import MappingNode, compose, read_text
+from peftc.lang.source import compose, read_text
+from peftc.lang.tree import MappingNode
 from peftc.lang.uses import size_names
 
 __all__ = ["form_names", "list_rules", "load_form", "load_rule", "parse_rule"]

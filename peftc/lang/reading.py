@@ -16,7 +16,7 @@ from peftc.lang.expr import name_nodes, parse
 from peftc.lang.grammar import Mode
 from peftc.lang.rule import Expr, Param, Scalar
 from peftc.lang.sites import DIMS, TAPS
-from peftc.lang.source import MappingNode, Node, ScalarNode, SequenceNode
+from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode
 
 RESERVED = {"x": "the delta's input", "h": "the modified representation", "dh": "the delta"}
 

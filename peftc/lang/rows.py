@@ -19,7 +19,7 @@ from peftc.lang.library import form_names, load_form
 from peftc.lang.reading import Reader, Scope, form_scope, value, word, words
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar, Where
 from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES, TAPS
-from peftc.lang.source import MappingNode, Node, ScalarNode, SequenceNode
+from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode
 from peftc.lang.uses import FormUse, check_composition
 
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -48,7 +48,7 @@ class RowReader:
         reader.fresh(node.get("let"), "a `let` of the row", taken)
         params = reader.params(node.get("params"), scope)
         lets, scope = reader.lets(node.get("let"), scope.with_tensors("dh", *(form.let if form else ())))
-        compose = self._compose(node, reader, scope, key)
+        compose = self._compose(node, reader, scope, lets, key)
         where = self._where(node.get("where"))
         insert = self._insert(node)
         if form is None or compose is None:
@@ -169,7 +169,9 @@ class RowReader:
         taken = dict.fromkeys(self.declared - args.keys(), "a hyperparameter")
         return read_form(given, reader, scope, name="", file=self.file, key="expr", taken=taken)
 
-    def _compose(self, node: MappingNode, reader: Reader, scope: Scope, key: ScalarNode) -> Expr | None:
+    def _compose(
+        self, node: MappingNode, reader: Reader, scope: Scope, lets: Mapping[str, Expr], key: ScalarNode
+    ) -> Expr | None:
         given = node.get("compose")
         if given is None:
             return Expr("h + dh", ast.parse("h + dh", mode="eval").body, key.span, exact=False)
@@ -181,7 +183,7 @@ class RowReader:
             self.collector.error("E008", f"unknown composition `{shown(expr.text)}`", span=expr.span, help=help)
             return expr
         reader.names(expr, scope)
-        if "dh" not in name_nodes(expr):
+        if all("dh" not in name_nodes(part) for part in (expr, *lets.values())):
             self.collector.error("E024", "`compose` does not use `dh`", span=expr.span, help="write `h + dh`, say")
         return expr
 

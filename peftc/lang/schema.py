@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from peftc.diagnostics import Collector, did_you_mean
 from peftc.lang.complaints import Path, complaints
-from peftc.lang.source import MappingNode, plain, without
+from peftc.lang.tree import MappingNode, plain, without
 
 Value = int | float | bool | str
 Expression = Annotated[Value, Field(description="an expression")]

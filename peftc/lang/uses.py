@@ -15,7 +15,7 @@ from peftc.lang.ops import OPS
 from peftc.lang.reading import words
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar
 from peftc.lang.sites import SITES, TAPS
-from peftc.lang.source import MappingNode
+from peftc.lang.tree import MappingNode
 
 
 @dataclass(frozen=True, slots=True)
