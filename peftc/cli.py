@@ -119,7 +119,6 @@ def apply(
     head: HeadOption = None,
     num_labels: LabelsOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the deltas' initial values.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT even if peftc did not write it.")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Graft a rule's deltas into a model and write them as a delta directory; the model's weights are not read."""
@@ -136,7 +135,6 @@ def apply(
             head=head,
             num_labels=num_labels,
             seed=seed,
-            force=force,
             progress=progress,
         )
     if not quiet:
@@ -149,9 +147,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")] = Path("merged"),
     export: Annotated[
         list[Export] | None,
-        typer.Option(
-            "--export", help="What to write; may be repeated. Default: hf, a plain transformers checkpoint."
-        ),
+        typer.Option("--export", help="What to write; may be repeated. Default: hf, a plain transformers checkpoint."),
     ] = None,
     base: Annotated[
         Path | None,
@@ -213,11 +209,17 @@ def rules(as_json: JsonOption = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("rule", "what it is", "hyperparameters", box=None, pad_edge=False)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # a pipe cuts no line
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rule", style="bold", no_wrap=True, min_width=max(len(rule.name) for rule in library))
+    table.add_column("what it is", no_wrap=True, overflow="ellipsis")
+    table.add_column("hyperparameters", no_wrap=True, overflow="ellipsis")
     for rule in library:
         hyper = " ".join(f"{name}={value}" for name, value in rule.values.items())
-        table.add_row(f"[bold]{rule.name}[/bold]", " ".join(rule.doc.split()), hyper)
-    Console().print(table)
+        table.add_row(rule.name, " ".join(rule.doc.split()), hyper)
+    console.print(table)
 
 
 def parse_sets(texts: list[str] | None) -> dict[str, str]:

@@ -88,12 +88,12 @@ def test_version_is_printed() -> None:
 
 
 def test_apply_passes_every_option_to_the_driver(driver: SimpleNamespace) -> None:
-    result = run("apply", "mam", "model", "-o", "out", "--set", "r=64", "--set", "f = gelu", "--seed", "3", "--force")
+    result = run("apply", "mam", "model", "-o", "out", "--set", "r=64", "--set", "f = gelu", "--seed", "3")
     assert result.exit_code == 0, result.output
     (name, args, kwargs) = driver.calls[0]
     assert (name, args) == ("apply", ("mam", Path("model"), Path("out")))
     assert kwargs["sets"] == {"r": "64", "f": "gelu"}
-    assert (kwargs["seed"], kwargs["force"], kwargs["head"], kwargs["num_labels"]) == (3, True, None, None)
+    assert (kwargs["seed"], kwargs["head"], kwargs["num_labels"]) == (3, None, None)
     assert "twelve sites" in result.output
 
 
@@ -153,3 +153,11 @@ def test_set_without_name_or_value_is_refused(text: str) -> None:
 
 def test_set_keeps_everything_after_the_first_equals_sign() -> None:
     assert parse_sets(["init=a=b", "r=1", "r=2"]) == {"init": "a=b", "r": "2"}
+
+
+def test_rules_prints_one_line_for_each_rule_of_the_library() -> None:
+    names = [rule["name"] for rule in json.loads(run("rules", "--json").stdout)]
+    assert "mam" in names
+    lines = run("rules").stdout.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == names
+    assert not any("…" in line for line in lines)
