@@ -108,7 +108,8 @@ class _Inserter:
         """x, h and the site's taps that the delta mentions, cast once to the dtype of its parameters."""
         site, names = self.edit.site, self._names()
         wanted = {name: tap for name, tap in site.taps.items() if name in names and name not in ("x", "h", skip)}
-        wanted = {name: tap for name, tap in wanted.items() if name not in self.parameters}
+        taken = {*self.parameters, *self.edit.statics}
+        wanted = {name: tap for name, tap in wanted.items() if name not in taken}
         source = input_tap(self.delta, site, self.edit.tap)
         if source is not None and source != skip:
             wanted["x"] = site.taps[source]
@@ -142,7 +143,8 @@ class _Inserter:
         self._lets(lowering, self.delta.form.let)
         assert self.delta.form.dh is not None
         dh = lowering.tensor(self.delta.form.dh)
-        return self._finish(builder, lowering, before, tensors.get("x"), dh, "expression")
+        x = before if self.delta.insert == "sequential" else tensors.get("x")
+        return self._finish(builder, lowering, before, x, dh, "expression")
 
     def _finish(
         self, builder: Builder, lowering: Lowering, before: fx.Node, x: fx.Node | None, dh: fx.Node, how: str
@@ -166,15 +168,27 @@ class _Inserter:
                 span=self.delta.span_at("compose"),
                 help=f"dh is {_sizes(tuple(dh.meta['val'].shape))}; it must broadcast to h",
             )
-        self.tap.write(self.program, builder, after)
-        return self._entry(builder, how, before, after, x, dh)
+        original = self.tap.current(self.program)
+        written = self.tap.write(self.program, builder, after)
+        return self._entry(builder, how, before, after, x, dh, original, written)
 
     def _entry(
-        self, builder: Builder, how: str, before: fx.Node, after: fx.Node, x: fx.Node | None, dh: fx.Node | None
+        self,
+        builder: Builder,
+        how: str,
+        before: fx.Node,
+        after: fx.Node,
+        x: fx.Node | None,
+        dh: fx.Node | None,
+        original: fx.Node,
+        written: fx.Node,
     ) -> Insertion:
-        names = tuple(p.name for p in self.edit.parameters.values() if p is not None)
+        edit = self.edit
+        names = tuple(p.name for p in edit.parameters.values() if p is not None)
         nodes = tuple(builder.nodes)
-        return Insertion(self.edit.label, self.edit.site, self.edit.tap, how, before, after, x, dh, nodes, names)
+        return Insertion(
+            edit.label, edit.site, edit.tap, how, before, after, x, dh, original, written, nodes, names
+        )
 
     def _prefix(self, builder: Builder) -> tuple[Lowering, fx.Node, fx.Node]:
         attend = self.delta.form.attend
@@ -200,7 +214,7 @@ class _Inserter:
         _, keys, values = self._prefix(builder)
         region.extend(builder, keys, values)
         node = self.program.current(self.tap.node)
-        return self._entry(builder, "concat", node, node, keys, values)
+        return self._entry(builder, "concat", node, node, keys, values, node, node)
 
     def _attend(self, region: Region) -> Insertion:
         builder = self._builder(self._start(self._operand_nodes()))
@@ -225,7 +239,7 @@ class _Inserter:
         before = self.tap.node
         after = prepend(self.program, builder, before, rows)
         self.program.replaced[before] = after
-        return self._entry(builder, "prepend", before, after, None, rows)
+        return self._entry(builder, "prepend", before, after, None, rows, before, after)
 
 
 def _sizes(shape: tuple[Any, ...]) -> str:

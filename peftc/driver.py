@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc.diagnostics import fail
 from peftc.progress import NullProgress, Progress
 from peftc.reports import ApplyReport, MergeReport, PlanReport, SitesReport
 
@@ -39,10 +38,11 @@ def plan(
     from peftc.lang.loader import load_rule
     from peftc.passes.fold import analyse_folds
     from peftc.pipeline import rewrite
+    from peftc.runtime.api import new_parameters
 
     resolved = load_rule(rule, sets)
-    base, _, program = _program(model_dir, head, num_labels, NullProgress())
-    result = rewrite(program, resolved)
+    base, skeleton, program = _program(model_dir, head, num_labels, NullProgress())
+    result = rewrite(program, resolved, fresh=new_parameters(base, skeleton))
     return PlanReport(base.path, result, analyse_folds(program))
 
 
@@ -55,13 +55,12 @@ def apply(
     head: str | None = None,
     num_labels: int | None = None,
     seed: int = 0,
-    force: bool = False,
     progress: Progress | None = None,
 ) -> ApplyReport:
     """Rewrite the model's graph by `rule` and write the delta directory `out`. No base weight is read."""
     from peftc.lang.loader import load_rule
     from peftc.pipeline import rewrite
-    from peftc.runtime.api import base_reference
+    from peftc.runtime.api import base_reference, new_parameters
     from peftc.runtime.delta_dir import write_directory
     from peftc.runtime.init import initialize
     from peftc.store.safetensors_io import TensorSpec, dtype_code
@@ -70,10 +69,8 @@ def apply(
     resolved = load_rule(rule, sets)
     base, skeleton, program = _program(model_dir, head, num_labels, progress)
     progress.step(f"insert {resolved.name}")
-    result = rewrite(program, resolved)
+    result = rewrite(program, resolved, fresh=new_parameters(base, skeleton))
     entries = [TensorSpec(p.name, dtype_code(p.dtype), p.shape) for p in result.parameters.values()]
-    if force:
-        _clear_foreign(Path(out))
     progress.step(f"write {out}")
 
     def support(fresh: Path) -> None:
@@ -127,13 +124,3 @@ def _relative(path: Path, start: Path) -> str:
 
     return os.path.relpath(path.resolve(), start.resolve())
 
-
-def _clear_foreign(out: Path) -> None:
-    """`--force`: give way to a directory that peftc did not write, but never to a model or to files of a project."""
-    import shutil
-
-    if not out.exists():
-        return
-    if (out / "config.json").exists() and not (out / "peftc.json").exists() or (out / ".git").exists():
-        fail("E036", f"{out} looks like a model or a project; it is not replaced even with --force")
-    shutil.rmtree(out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peftc.diagnostics import did_you_mean, fail
@@ -78,11 +78,16 @@ def analyse(
 
 
 def rewrite(
-    program: Program, rule: Rule, *, dtype: torch.dtype | None = None, watch: Watcher | None = None
+    program: Program,
+    rule: Rule,
+    *,
+    dtype: torch.dtype | None = None,
+    fresh: Collection[str] = (),
+    watch: Watcher | None = None,
 ) -> Plan:
-    """Plan `rule` on a located program and insert its deltas; `dtype` is that of the deltas' parameters."""
+    """Plan `rule` on a located program and insert its deltas; see `peftc.plan.make_plan` for the options."""
     from peftc.plan import make_plan
 
-    plan = make_plan(rule, program, dtype=dtype)
+    plan = make_plan(rule, program, dtype=dtype, fresh=fresh)
     run(program, [load_pass("insert")(plan)], watch)
     return plan

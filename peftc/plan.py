@@ -10,7 +10,7 @@ A rule that matches nothing is an error that shows the nearest miss; so is a par
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,13 @@ class Plan:
         return list(sites.values())
 
 
-def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None) -> Plan:
+def make_plan(
+    rule: Rule, program: Program, *, dtype: torch.dtype | None = None, fresh: Collection[str] = ()
+) -> Plan:
     """Plan `rule` on a located program. `dtype` is that of new parameters (default: float32, or float64 on float64).
+
+    `fresh` are parameters that the checkpoint does not hold (a new classification head); they train always, for a
+    head frozen at random values is never meant.
 
     Raises `PeftcError`: E004, E008, E009, E014, E020 to E025.
     """
@@ -114,7 +119,7 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None)
                 help="`peftc sites` shows what the model has",
             )
         edits.extend(_edits(rule, delta, sites, dtype, collector))
-    trained = tuple(name for name in base if _is_trained(rule, name))
+    trained = tuple(name for name in base if name in fresh or _is_trained(rule, name))
     for glob in rule.train:
         if not any(fnmatch.fnmatchcase(name, glob.pattern) for name in base):
             collector.error(

@@ -3,7 +3,7 @@
 The sequence grows by l at the very entry of the graph: token ids, masks, position ids and labels are lengthened
 there, so that whatever the model computes from them (positions, causal masks, padding) is right of itself; the
 embeddings of the l placeholder tokens are then replaced by the rows, and every output that has the sequence axis is
-cut back to the length the caller knows.
+cut back to the length the caller knows. A pooler that takes the first token takes the caller's first token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from peftc.ir.builder import Builder, latest
-from peftc.ir.program import Program
+from peftc.ir.program import Program, is_call
 
 aten = torch.ops.aten
 
@@ -33,7 +33,8 @@ def prepend(program: Program, builder: Builder, embeddings: fx.Node, rows: fx.No
         if _has_axis(node, axis):
             _lengthen(builder, name, node, length)
     after = _replace_rows(program, builder, embeddings, rows, length)
-    _propagate(program)
+    program.propagate()
+    _shift_positions(program, axis, length)
     _cut_outputs(program, builder, axis, length)
     return after
 
@@ -71,13 +72,14 @@ def _replace_rows(program: Program, builder: Builder, embeddings: fx.Node, rows:
     return joined
 
 
-def _propagate(program: Program) -> None:
-    """Recompute every fake value: the sequence axis is longer now."""
-    with program.fake_mode, torch.no_grad():
-        for node in program.graph.nodes:
-            if node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
+def _shift_positions(program: Program, axis: Any, length: int) -> None:
+    """A fixed position counted from the front (a pooler's first token) means a token of the caller's."""
+    longer = (axis + length).node.expr
+    for node in program.graph.nodes:
+        if is_call(node, aten.select.int) and isinstance(node.args[2], int) and node.args[2] >= 0:
+            size = node.args[0].meta["val"].shape[node.args[1]]
+            if not isinstance(size, int) and size.node.expr == longer:
+                node.update_arg(2, node.args[2] + length)
 
 
 def _cut_outputs(program: Program, builder: Builder, axis: Any, length: int) -> None:

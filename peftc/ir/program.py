@@ -79,7 +79,7 @@ class Insertion:
     """A ledger entry: one delta at one tap of one site, as it stands in the graph.
 
     `before` is h, `after` the composed h' that took its place; `x` and `dh` are the delta's input and output.
-    `lowering` is "expression", "concat" or "gated" (attention over a prefix) or "prepend" (prompt tokens).
+    `before` and `after` are in canonical layout. `lowering` is "expression", "concat" or "gated" (attention over a prefix) or "prepend" (prompt tokens).
     """
 
     delta: str
@@ -90,10 +90,11 @@ class Insertion:
     after: fx.Node
     x: fx.Node | None
     dh: fx.Node | None
+    original: fx.Node
+    """What stood at the tap, in the layout of the graph, and `written` what stands there now."""
+    written: fx.Node
     nodes: tuple[fx.Node, ...]
     parameters: tuple[str, ...]
-    constants: tuple[fx.Node, ...] = ()
-    """Nodes that depend on parameters alone and feed the delta (reparameterised prefixes)."""
 
 
 @dataclass(slots=True)
@@ -187,6 +188,29 @@ class Program:
         self.delta_parameters[parameter.name] = parameter
         return node
 
+    def drop_unused_deltas(self) -> None:
+        """Take out the parameters of deltas that nothing reads any more."""
+        for node, binding in list(self.bindings.items()):
+            if binding.name in self.delta_parameters and not node.users:
+                self.graph.erase_node(node)
+                del self.bindings[node]
+                del self.delta_parameters[binding.name]
+
+    def resize(self, node: fx.Node, value: torch.Tensor) -> None:
+        """Give a placeholder the shape and dtype of the tensor it will be bound to."""
+        like = node.meta["val"]
+        if tuple(like.shape) != tuple(value.shape) or like.dtype != value.dtype:
+            with self.fake_mode:
+                node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=like.device)
+
+    def propagate(self) -> None:
+        """Recompute every fake value from the placeholders on."""
+        with self.fake_mode, torch.no_grad():
+            for node in self.graph.nodes:
+                if node.op == "call_function":
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+                    node.meta["val"] = node.target(*args, **kwargs)
+
     def to_exported(self, state: Mapping[str, torch.Tensor]) -> ExportedProgram:
         """An `ExportedProgram` of the graph as it stands, bound to `state` (every parameter and buffer)."""
         from torch.export import ExportedProgram
@@ -200,7 +224,8 @@ class Program:
             flag = persistent.get(binding.name, True) if binding.kind == "buffer" else None
             specs.append(InputSpec(kinds[binding.kind], TensorArgument(node.name), target, flag))
         signature = ExportGraphSignature(specs, self._output_specs())
-        held = {b.name: state[b.name] for b in self.bindings.values() if b.kind == "parameter"}
+        names = [b.name for b in self.bindings.values() if b.kind == "parameter"]
+        held: dict[str, Any] = {name: torch.nn.Parameter(state[name], requires_grad=False) for name in names}
         constants = dict(self.constants)
         for binding in self.bindings.values():
             if binding.kind == "buffer":

@@ -18,11 +18,13 @@ from peftc.runtime.graph_model import Surgery, attach
 from peftc.runtime.init import initialize
 from peftc.runtime.signature import call_key
 from peftc.store.heads import resolve
+from peftc.store.keys import key_map
 from peftc.store.model_dir import ModelDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from peftc.frontend.trace import Skeleton
     from peftc.lang.rule import Rule
 
 __all__ = ["PeftcError", "apply", "load"]
@@ -48,7 +50,7 @@ def apply(
     base.refuse_adapted()
     base.require_weights()
     model, cls = load_base(base, head, num_labels, seed, dtype)
-    surgery = operate(model, cls, resolved, base_reference(base, head, num_labels, seed), base.path)
+    surgery = operate(model, cls, resolved, base_reference(base, head, num_labels, seed), base)
     values = {name: initialize(parameter, seed) for name, parameter in surgery.plan.parameters.items()}
     return attach(model, surgery, values).eval()
 
@@ -65,7 +67,7 @@ def load(directory: str | Path, base: str | Path | None = None, dtype: torch.dty
     reference = delta.manifest["base"]
     model, cls = load_base(source, reference["head"], reference["num_labels"], reference["seed"], dtype)
     provenance = base_reference(source, reference["head"], reference["num_labels"], reference["seed"])
-    surgery = operate(model, cls, delta.rule, provenance, source.path)
+    surgery = operate(model, cls, delta.rule, provenance, source)
     plan, values = surgery.plan, delta.tensors()
     check_names(
         delta.path,
@@ -99,13 +101,22 @@ def _quiet() -> Any:
     return quiet()
 
 
-def operate(model: Any, cls: type[PreTrainedModel], rule: Rule, provenance: dict[str, Any], base_dir: Path) -> Surgery:
+def new_parameters(base: ModelDir, skeleton: Skeleton) -> frozenset[str]:
+    """Parameters of the model that its checkpoint does not hold, or holds in another shape: a new head."""
+    if not base.has_weights:
+        return frozenset()
+    names = key_map(skeleton.model, base.shapes())
+    parameters = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}
+    return frozenset(parameters & {*names.missing, *names.mismatched})
+
+
+def operate(model: Any, cls: type[PreTrainedModel], rule: Rule, provenance: dict[str, Any], base: ModelDir) -> Surgery:
     """Trace the model for its usual inputs, rewrite the graph by `rule`, and keep both for the first calls."""
     skeleton = build_skeleton(cls, copy.deepcopy(model.config), model.dtype)
     inputs = default_inputs(skeleton.model)
     program = analyse(skeleton, inputs)
-    plan = rewrite(program, rule)
-    surgery = Surgery(rule, plan, cls, provenance, base_dir)
+    plan = rewrite(program, rule, fresh=new_parameters(base, skeleton))
+    surgery = Surgery(rule, plan, cls, provenance, base.path)
     surgery.skeletons[model.dtype] = skeleton
     surgery.programs[model.dtype, plan.dtype, call_key(inputs, {})] = program
     return surgery

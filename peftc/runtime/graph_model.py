@@ -68,7 +68,7 @@ class GraphModel:
         key = (model.dtype, _delta_dtype(model), call_key(specs, flags))
         if key not in surgery.programs:
             program = analyse(self._skeleton(model.dtype), specs, flags)
-            rewrite(program, surgery.rule, dtype=_delta_dtype(model))
+            rewrite(program, surgery.rule, dtype=_delta_dtype(model), fresh=surgery.plan.trained)
             surgery.programs[key] = program
         return surgery.programs[key]
 

@@ -1,0 +1,102 @@
+"""Running a part of a graph on real tensors: the way a fold gets its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftc.ir.program import Program, is_call
+
+aten = torch.ops.aten
+
+Read = Callable[[str], torch.Tensor]
+"""Reads a parameter by its state-dict name."""
+
+
+def evaluate(
+    program: Program,
+    wanted: fx.Node,
+    feeds: Mapping[fx.Node, torch.Tensor],
+    read: Read | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The value of `wanted` given `feeds`; parameters come from `read`, computed in `dtype` (default: as they are).
+
+    Dropout is off. Symbolic sizes count as 1: feeds are single rows, or matrices of rows where no op asks for sizes.
+    """
+    values: dict[fx.Node, Any] = dict(feeds)
+    for node in _needed(wanted, set(feeds)):
+        values[node] = _value(program, node, values, read, dtype)
+    return values[wanted]
+
+
+def _needed(wanted: fx.Node, known: set[fx.Node]) -> list[fx.Node]:
+    order: list[fx.Node] = []
+    seen = set(known)
+    stack: list[tuple[fx.Node, bool]] = [(wanted, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            if not _is_size(node):
+                stack.extend((operand, False) for operand in node.all_input_nodes)
+    return order
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def _value(
+    program: Program, node: fx.Node, values: Mapping[fx.Node, Any], read: Read | None, dtype: torch.dtype | None
+) -> Any:
+    if _is_size(node):
+        return _as_one(node.meta["val"])
+    if node.op == "placeholder":
+        binding = program.bindings[node]
+        if binding.kind == "constant":
+            return program.constants[binding.name]
+        if read is None or binding.kind == "input":
+            raise ValueError(f"{node} cannot be read here")
+        value = read(binding.name)
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
+    if is_call(node, aten.dropout.default):
+        return args[0]
+    if dtype is not None and is_call(node, aten.to.dtype):
+        return args[0].to(dtype) if args[0].is_floating_point() else args[0]
+    args, kwargs = _on_cpu(args), _on_cpu(kwargs)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _as_one(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+
+
+def _on_cpu(arguments: Any) -> Any:
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), arguments)
+
+
+def selection(program: Program, source: fx.Node, part: fx.Node, layout: str) -> torch.Tensor:
+    """Which output rows of `source` (a linear) the value `part` is, in canonical order: a vector of indices.
+
+    `part` must come from `source` through views and pieces alone; `layout` is that of the tap.
+    """
+    width = int(source.meta["val"].shape[-1])
+    rows = torch.arange(width, dtype=torch.float64).reshape([1] * (source.meta["val"].dim() - 1) + [width])
+    value = evaluate(program, part, {source: rows})
+    if layout == "bhsd":
+        value = value.transpose(1, 2)
+    return value.reshape(-1).round().long()

@@ -1,0 +1,222 @@
+"""Reports: what a command found or did, as JSON for programs and as text for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from peftc.backends.hf import Checkpoint
+    from peftc.backends.onnx import OnnxFiles
+    from peftc.certify import Comparison
+    from peftc.fold.decide import Decision
+    from peftc.ir.program import Program
+    from peftc.ir.sites import Site
+    from peftc.plan import Plan
+
+
+@dataclass(slots=True)
+class SitesReport:
+    """The site table of a model."""
+
+    path: Path
+    program: Program
+
+    def to_json(self) -> dict[str, Any]:
+        return {"model": str(self.path), "sites": [_site_json(site) for site in self.program.sites]}
+
+    def render(self, console: Console) -> None:
+        from rich.tree import Tree
+
+        tree = Tree(f"[bold]{self.path}[/bold]")
+        branches: dict[str, Tree] = {}
+        for group in _collapsed(self.program.sites):
+            site = group[0]
+            where = "outside blocks" if site.layer < 0 else f"{site.stack} {_layers(group)}"
+            if where not in branches:
+                branches[where] = tree.add(f"[bold]{where}[/bold]")
+            branches[where].add(_describe(group))
+        console.print(tree)
+
+
+def _site_json(site: Site) -> dict[str, Any]:
+    return {
+        "kind": site.kind,
+        "path": site.path,
+        "stack": site.stack,
+        "layer": site.layer,
+        "variant": site.variant,
+        "causal": site.causal,
+        "role": site.role,
+        "dims": site.dims,
+        "taps": {name: tap.width for name, tap in site.taps.items()},
+        "missing": site.missing,
+    }
+
+
+def _collapsed(sites: tuple[Site, ...]) -> list[list[Site]]:
+    """Sites that differ in nothing but their layer, together."""
+    groups: dict[Any, list[Site]] = {}
+    for site in sites:
+        inner = site.path[len(site.block) :] if site.block else site.path
+        dims = tuple((k, v) for k, v in site.dims.items() if k != "layer")
+        key = (site.kind, site.variant, site.stack, site.layer < 0, inner, dims, tuple(site.taps), site.role)
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
+
+
+def _layers(group: list[Site]) -> str:
+    layers = sorted({site.layer for site in group})
+    if layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
+        return f"layers {layers[0]}-{layers[-1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def _describe(group: list[Site]) -> str:
+    site = group[0]
+    name = f"{site.variant} {site.kind}".strip() + (f" ({site.role})" if site.role not in ("", "other") else "")
+    path = site.path.replace(site.block, "*", 1) if site.block and len(group) > 1 else site.path
+    hidden = {"layer", "layers", "has_bias"}
+    dims = " ".join(f"{key}={value}" for key, value in site.dims.items() if key not in hidden)
+    taps = " ".join(site.taps)
+    return f"[cyan]{name}[/cyan] {path or '(root)'}  [dim]{dims}[/dim]  taps: {taps}"
+
+
+@dataclass(slots=True)
+class PlanReport:
+    """What a rule would do to a model, and what would fold."""
+
+    path: Path
+    plan: Plan
+    decisions: list[Decision]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": str(self.path),
+            "rule": self.plan.rule.name,
+            "hyper": self.plan.rule.values,
+            **counts_json(self.plan),
+            "parameters": {p.name: list(p.shape) for p in self.plan.parameters.values()},
+            "trained_base": list(self.plan.trained),
+            "folds": folds_json(self.decisions),
+        }
+
+    def render(self, console: Console) -> None:
+        hyper = " ".join(f"{name}={value}" for name, value in self.plan.rule.values.items())
+        console.print(f"[bold]{self.plan.rule.name}[/bold] on {self.path}  [dim]{hyper}[/dim]")
+        render_deltas(console, self.plan)
+        render_folds(console, self.decisions)
+
+
+@dataclass(slots=True)
+class ApplyReport:
+    """What `apply` wrote."""
+
+    out: Path
+    plan: Plan
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "rule": self.plan.rule.name, **counts_json(self.plan)}
+
+    def render(self, console: Console) -> None:
+        render_deltas(console, self.plan)
+        console.print(f"wrote [bold]{self.out}[/bold]; train it, then: peftc merge {self.out} --export onnx")
+
+
+def counts_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "trained": plan.trained_count,
+        "stored": plan.stored_count,
+        "base": plan.base_count,
+        "percent": round(plan.percent, 4),
+        "sites": {delta.name: len(plan.sites_of(delta.name)) for delta in plan.rule.deltas},
+    }
+
+
+def render_deltas(console: Console, plan: Plan) -> None:
+    from rich.table import Table
+
+    table = Table("delta", "form", "at", "sites", "parameters", box=None, pad_edge=False)
+    for delta in plan.rule.deltas:
+        own = {p.name: p.numel for e in plan.edits if e.delta is delta for p in e.parameters.values() if p is not None}
+        place = f"{', '.join(delta.at)}.{', '.join(delta.modify)}"
+        table.add_row(delta.name, delta.form.name, place, str(len(plan.sites_of(delta.name))), f"{sum(own.values()):,}")
+    console.print(table)
+    if plan.trained:
+        shown = ", ".join(plan.trained[:3]) + (f" and {len(plan.trained) - 3} more" if len(plan.trained) > 3 else "")
+        console.print(f"trained as they are: {shown}")
+    console.print(f"trains {plan.trained_count:,} of {plan.base_count:,} parameters ({plan.percent:.2f} %)")
+
+
+def fold_groups(decisions: list[Decision]) -> dict[tuple[str, str, str], list[Decision]]:
+    """Decisions that say the same of the same delta, together."""
+    groups: dict[tuple[str, str, str], list[Decision]] = {}
+    for decision in decisions:
+        key = (decision.insertion.delta, decision.result, decision.reason)
+        groups.setdefault(key, []).append(decision)
+    return groups
+
+
+def folds_json(decisions: list[Decision]) -> list[dict[str, Any]]:
+    return [
+        {"delta": delta, "result": result, "sites": len(group), "reason": reason, "node": group[0].node}
+        for (delta, result, reason), group in fold_groups(decisions).items()
+    ]
+
+
+def render_folds(console: Console, decisions: list[Decision]) -> None:
+    from rich.markup import escape
+
+    for (delta, result, reason), group in fold_groups(decisions).items():
+        why = f": {escape(reason)}" if reason else ""
+        console.print(f"fold [bold]{delta}[/bold] at {len(group)} sites -> [cyan]{result}[/cyan]{why}")
+
+
+@dataclass(slots=True)
+class MergeReport:
+    """What `merge` wrote, what folded, and how near the result is to the unfolded model."""
+
+    out: Path
+    decisions: list[Decision]
+    plan: Plan
+    checkpoint: Checkpoint | None = None
+    onnx: OnnxFiles | None = None
+    comparisons: list[Comparison] = field(default_factory=list)
+    exported: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def results(self) -> Counter[str]:
+        """How many insertions ended as merged, widened, constant, kept."""
+        return Counter(decision.result for decision in self.decisions)
+
+    def to_json(self) -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "folds": folds_json(self.decisions),
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+        }
+        if self.checkpoint is not None:
+            c = self.checkpoint
+            report["checkpoint"] = {"changed": c.changed, "copied": c.copied, "added": c.added}
+        if self.onnx is not None:
+            o = self.onnx
+            report["onnx"] = {
+                "inputs": list(o.inputs), "outputs": list(o.outputs), "opset": o.opset, "nodes": o.nodes,
+            }  # fmt: skip
+        return report
+
+    def render(self, console: Console) -> None:
+        render_folds(console, self.decisions)
+        if self.checkpoint is not None:
+            c = self.checkpoint
+            console.print(f"checkpoint: {c.changed} tensors changed, {c.copied} copied, {c.added} added")
+        if self.onnx is not None:
+            o = self.onnx
+            console.print(f"model.onnx: inputs {', '.join(o.inputs)}; outputs {', '.join(o.outputs)}; opset {o.opset}")
+        for what in dict.fromkeys((c.what, c.dtype) for c in self.comparisons):
+            worst = max((c for c in self.comparisons if (c.what, c.dtype) == what), key=lambda c: c.absolute)
+            console.print(f"{worst.what} ({worst.dtype}): largest difference {worst.absolute:.2e}, on {worst.inputs}")
+        console.print(f"wrote [bold]{self.out}[/bold] with certificate.json")
