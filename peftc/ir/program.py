@@ -244,10 +244,8 @@ class Program:
     def _output_specs(self) -> list[Any]:
         from torch.export.graph_signature import OutputKind, OutputSpec
 
-        return [
-            OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
-            for node in self.output_node.args[0]  # pyright: ignore[reportGeneralTypeIssues]
-        ]
+        nodes = result_nodes(self.graph)
+        return [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in nodes]
 
 
 def is_call(node: object, *targets: object) -> bool:
@@ -256,6 +254,21 @@ def is_call(node: object, *targets: object) -> bool:
         return False
     packet = getattr(node.target, "overloadpacket", None)
     return any(node.target is target or (packet is not None and packet is target) for target in targets)
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """The argument of `node` at `index`, which is a node."""
+    argument = node.args[index]
+    if not isinstance(argument, fx.Node):
+        raise TypeError(f"argument {index} of {node.format_node()} is no node")
+    return argument
+
+
+def result_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that a graph returns."""
+    results = graph.output_node().args[0]
+    assert isinstance(results, (list, tuple))
+    return [node for node in results if isinstance(node, fx.Node)]
 
 
 def is_getitem(node: object) -> bool:
