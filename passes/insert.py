@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import fx
@@ -66,13 +66,14 @@ class _Inserter:
             if self.compose == "gate":
                 self._refuse("`gate` weighs two attentions and needs a form with `attend`, such as `prefix`")
             return self._expression()
-        if self.edit.site.region is None or self.edit.tap != "heads":
+        region = self.edit.site.region
+        if region is None or self.edit.tap != "heads":
             self._refuse(f"form `{form.name}` attends with the site's queries and needs `at: attention, modify: heads`")
         if self.compose == "gate" and self.delta.lower != "gated":
-            return self._concat(self.edit.site.region)
-        return self._attend(self.edit.site.region)
+            return self._concat(region)
+        return self._attend(region)
 
-    def _refuse(self, reason: str) -> Any:
+    def _refuse(self, reason: str) -> NoReturn:
         fail("E024", f"delta `{self.delta.name}`: {reason}", span=self.delta.span_at("compose"))
 
     def _builder(self, cursor: fx.Node) -> Builder:
@@ -137,7 +138,8 @@ class _Inserter:
         before = self.tap.read(self.program, builder)
         tensors = self._tensors(builder)
         if self.delta.insert == "sequential":
-            tensors["x"] = before if self._dtype() is None else builder.cast(before, self._dtype())  # pyright: ignore
+            dtype = self._dtype()
+            tensors["x"] = before if dtype is None else builder.cast(before, dtype)
         lowering = self._lowering(builder, tensors)
         lowering.env["h"] = tensors.get("x") if self.delta.insert == "sequential" else before
         self._lets(lowering, self.delta.form.let)
@@ -186,9 +188,7 @@ class _Inserter:
         edit = self.edit
         names = tuple(p.name for p in edit.parameters.values() if p is not None)
         nodes = tuple(builder.nodes)
-        return Insertion(
-            edit.label, edit.site, edit.tap, how, before, after, x, dh, original, written, nodes, names
-        )
+        return Insertion(edit.label, edit.site, edit.tap, how, before, after, x, dh, original, written, nodes, names)
 
     def _prefix(self, builder: Builder) -> tuple[Lowering, fx.Node, fx.Node]:
         attend = self.delta.form.attend

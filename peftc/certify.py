@@ -25,8 +25,15 @@ TEXTS = (
     "Rows are vectors.",
 )
 
-SHAPES = ({"batch": 1, "sequence": 7, "target": 5}, {"batch": 3, "sequence": 12, "target": 4}, {"batch": 2, "sequence": 16, "target": 9})
+SHAPES = (
+    {"batch": 1, "sequence": 7, "target": 5},
+    {"batch": 3, "sequence": 12, "target": 4},
+    {"batch": 2, "sequence": 16, "target": 9},
+)
 """Batch 1, batch > 1, and a sequence length that was not traced."""
+
+
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +46,12 @@ class Comparison:
     absolute: float
     relative: float
     tolerance: float
+    scale: float
+    """The largest magnitude of the unfolded output; beyond 1 the tolerance grows with it."""
 
     @property
     def holds(self) -> bool:
         return self.absolute <= self.tolerance * max(1.0, self.scale)
-
-    scale: float = 0.0
-    """The largest magnitude of the unfolded output."""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "holds": self.holds}
@@ -131,7 +137,9 @@ def text_batches(directory: Path, specs: Mapping[str, InputSpec]) -> list[tuple[
     """A batch of real text, padded, when the model reads text and its tokenizer lies beside it."""
     import torch
 
-    if "input_ids" not in specs or not any((directory / f).exists() for f in ("tokenizer.json", "vocab.txt", "spiece.model")):
+    if "input_ids" not in specs or not any(
+        (directory / f).exists() for f in ("tokenizer.json", "vocab.txt", "spiece.model")
+    ):
         return []
     from transformers import AutoTokenizer
 

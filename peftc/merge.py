@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from peftc.backends import hf, onnx
 from peftc.certify import Comparison, Inputs, Run, compare, random_batches, refuse_failed, text_batches
@@ -28,7 +29,6 @@ from peftc.progress import Progress
 from peftc.reports import MergeReport
 from peftc.runtime.api import load, new_parameters
 from peftc.runtime.delta_dir import DeltaDir
-from peftc.runtime.executor import Executor
 from peftc.runtime.graph_model import state_of
 from peftc.store.atomic import atomic_directory
 from peftc.store.model_dir import ModelDir
@@ -156,17 +156,15 @@ def _compare_plain(
 ) -> None:
     def folded(inputs: Inputs) -> Sequence[torch.Tensor]:
         with torch.no_grad():
-            return _tensors(plain(**{name: inputs[name] for name in specs}, use_cache=False) if _caches(plain) else plain(**inputs))
+            return _tensors(
+                plain(**{name: inputs[name] for name in specs}, use_cache=False) if _caches(plain) else plain(**inputs)
+            )
 
     label = str(dtype).removeprefix("torch.")
     work.comparisons += compare(
         "the merged checkpoint", work.unfolded(specs), folded, work.batches(specs),
         tolerance=tolerance or _TOLERANCE[dtype], dtype=label,
     )  # fmt: skip
-
-
-def _caches(model: Any) -> bool:
-    return hasattr(model.config, "use_cache")
 
 
 def _write_onnx(work: _Work, fresh: Path, report: MergeReport) -> onnx.OnnxFiles:
@@ -232,7 +230,7 @@ def _tokenizer_inputs(source: ModelDir) -> tuple[str, ...]:
 
 def _tensors(result: Any) -> list[torch.Tensor]:
     values = result.to_tuple() if hasattr(result, "to_tuple") else result
-    return [value for value in torch.utils._pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def _quiet() -> Any:

@@ -1,7 +1,7 @@
 """The pipeline as data: which passes run over a program, in which order, verified in between.
 
-    program = analyse(skeleton, inputs)     # trace, normalize, locate
-    plan = rewrite(program, rule)           # plan, insert, verify
+program = analyse(skeleton, inputs)     # trace, normalize, locate
+plan = rewrite(program, rule)           # plan, insert, verify
 """
 
 from __future__ import annotations

@@ -90,9 +90,7 @@ class Plan:
         return list(sites.values())
 
 
-def make_plan(
-    rule: Rule, program: Program, *, dtype: torch.dtype | None = None, fresh: Collection[str] = ()
-) -> Plan:
+def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None, fresh: Collection[str] = ()) -> Plan:
     """Plan `rule` on a located program. `dtype` is that of new parameters (default: float32, or float64 on float64).
 
     `fresh` are parameters that the checkpoint does not hold (a new classification head); they train always, for a

@@ -74,7 +74,8 @@ def nearest_miss(delta: Delta, rule: Rule, sites: Sequence[Site]) -> tuple[str, 
     for name, holds in _conditions(delta.where, rule):
         kept = [site for site in left if holds(site)]
         if not kept:
-            message = f"delta `{delta.name}` matches nothing: `where.{name}` excludes the last {len(left)} {wanted} sites"
+            excluded = f"`where.{name}` excludes the last {len(left)} {wanted} sites"
+            message = f"delta `{delta.name}` matches nothing: {excluded}"
             span = delta.where.spans.get(name) or delta.span_at("where")
             return message, span, f"these sites have: {_values(name, left)}"
         left = kept

@@ -111,6 +111,7 @@ def emit(
 def output_names(program: Program) -> tuple[str, ...]:
     """The output class's field names; entries of a tuple field are numbered."""
     spec = program.exported.call_spec.out_spec
+    assert spec is not None
     names: list[str] = []
     keys: list[Any] = list(spec.context) if spec.context and isinstance(spec.context, (list, tuple)) else []
     for key, child in zip(keys, spec.children(), strict=False):

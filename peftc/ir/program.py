@@ -78,8 +78,9 @@ class DeltaParameter:
 class Insertion:
     """A ledger entry: one delta at one tap of one site, as it stands in the graph.
 
-    `before` is h, `after` the composed h' that took its place; `x` and `dh` are the delta's input and output.
-    `before` and `after` are in canonical layout. `lowering` is "expression", "concat" or "gated" (attention over a prefix) or "prepend" (prompt tokens).
+    `before` is h, `after` the composed h' that took its place, both in canonical layout; `x` and `dh` are the
+    delta's input and output. `lowering` is "expression", "concat" or "gated" (attention over a prefix), or "prepend"
+    (prompt tokens).
     """
 
     delta: str
@@ -125,9 +126,9 @@ class Program:
             for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True)
         }
         constants = {
-            binding.name: exported.constants[binding.name]
+            binding.name: value
             for binding in bindings.values()
-            if binding.kind == "constant"
+            if binding.kind == "constant" and isinstance(value := exported.constants[binding.name], torch.Tensor)
         }
         return cls(exported, module, bindings, constants)
 
@@ -217,7 +218,7 @@ class Program:
 
         specs: list[InputSpec] = []
         kinds = {kind: input_kind for input_kind, kind in _KINDS.items()}
-        persistent = {name: True for name in self.exported.graph_signature.buffers}
+        persistent = dict.fromkeys(self.exported.graph_signature.buffers, True)
         persistent.update(dict.fromkeys(self.exported.graph_signature.non_persistent_buffers, False))
         for node, binding in self.bindings.items():
             target = None if binding.kind == "input" else binding.name
@@ -226,7 +227,7 @@ class Program:
         signature = ExportGraphSignature(specs, self._output_specs())
         names = [b.name for b in self.bindings.values() if b.kind == "parameter"]
         held: dict[str, Any] = {name: torch.nn.Parameter(state[name], requires_grad=False) for name in names}
-        constants = dict(self.constants)
+        constants: dict[str, Any] = dict(self.constants)
         for binding in self.bindings.values():
             if binding.kind == "buffer":
                 (held if persistent[binding.name] else constants)[binding.name] = state[binding.name]

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from peftc.ir.program import is_call, shape_of
+from peftc.ir.program import operand as argument_node
 
 if TYPE_CHECKING:
     from peftc.ir.attention import Region
@@ -138,8 +139,7 @@ def as_linear(program: Program, node: fx.Node) -> Linear | None:
         return None
     weight, transposed = operand, False
     while is_call(weight, aten.transpose.int, aten.t.default):
-        weight, transposed = weight.args[0], not transposed
-        assert isinstance(weight, fx.Node)
+        weight, transposed = argument_node(weight, 0), not transposed
     name = program.parameter_name(weight)
     if name is None or weight.meta["val"].dim() != 2:
         return None

@@ -17,6 +17,7 @@ from torch import fx
 
 from peftc.diagnostics import did_you_mean, fail
 from peftc.ir.builder import Builder
+from peftc.lang.grammar import MAX_EXPONENT
 from peftc.lang.rule import Expr
 
 aten = torch.ops.aten
@@ -131,6 +132,8 @@ class Lowering:
     def _binary(self, node: ast.expr, op: ast.operator, left: Value, right: Value) -> Value:
         static, target = _BINARY[type(op)]
         if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
+            if isinstance(op, ast.Pow) and isinstance(right, (int, float)) and abs(right) > MAX_EXPONENT:
+                fail("E017", f"the exponent {right} is beyond {MAX_EXPONENT}", span=self._span(node))
             try:
                 return static(left, right)
             except (TypeError, ZeroDivisionError, OverflowError) as error:
