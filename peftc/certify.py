@@ -137,9 +137,7 @@ def text_batches(directory: Path, specs: Mapping[str, InputSpec]) -> list[tuple[
     """A batch of real text, padded, when the model reads text and its tokenizer lies beside it."""
     import torch
 
-    if "input_ids" not in specs or not any(
-        (directory / f).exists() for f in ("tokenizer.json", "vocab.txt", "spiece.model")
-    ):
+    if "input_ids" not in specs or not any((directory / file).exists() for file in _TOKENIZERS):
         return []
     from transformers import AutoTokenizer
 

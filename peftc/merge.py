@@ -156,9 +156,8 @@ def _compare_plain(
 ) -> None:
     def folded(inputs: Inputs) -> Sequence[torch.Tensor]:
         with torch.no_grad():
-            return _tensors(
-                plain(**{name: inputs[name] for name in specs}, use_cache=False) if _caches(plain) else plain(**inputs)
-            )
+            extra = {"use_cache": False} if hasattr(plain.config, "use_cache") else {}
+            return _tensors(plain(**{name: inputs[name] for name in specs}, **extra))
 
     label = str(dtype).removeprefix("torch.")
     work.comparisons += compare(

@@ -146,7 +146,7 @@ def as_linear(program: Program, node: fx.Node) -> Linear | None:
     bias = node.args[2] if len(node.args) > 2 else None
     bias = bias if isinstance(bias, fx.Node) else None
     bias_name = program.parameter_name(bias) if bias is not None else None
-    return Linear(node, node.args[0], weight, name, transposed, bias, bias_name, operand)
+    return Linear(node, argument_node(node, 0), weight, name, transposed, bias, bias_name, operand)
 
 
 @dataclass(slots=True)
