@@ -54,12 +54,12 @@ class Verify:
                     raise AssertionError(f"after pass `{self.after}`: {user} writes to parameter {name}")
 
     def _check_gradients(self, program: Program) -> None:
-        if not program.ledger:
+        if not program.trainable:
             return
         reached = _reached_by_gradient(program)
         for name, node in program.placeholders("parameter").items():
             parameter = program.delta_parameters.get(name)
-            if parameter is not None and not parameter.frozen and node not in reached:
+            if parameter is not None and name in program.trainable and node not in reached:
                 fail(
                     "E024",
                     f"delta `{parameter.delta}`: no gradient reaches its parameter {name}",

@@ -25,6 +25,7 @@ PASSES: dict[str, str] = {
     "normalize": "peftc.passes.normalize:Normalize",
     "locate": "peftc.passes.locate:Locate",
     "insert": "peftc.passes.insert:Insert",
+    "freeze": "peftc.passes.freeze:Freeze",
     "set-mode": "peftc.passes.set_mode:SetMode",
     "fold": "peftc.passes.fold:Fold",
     "verify": "peftc.passes.verify:Verify",
@@ -89,5 +90,5 @@ def rewrite(
     from peftc.plan import make_plan
 
     plan = make_plan(rule, program, dtype=dtype, fresh=fresh)
-    run(program, [load_pass("insert")(plan)], watch)
+    run(program, [load_pass("insert")(plan), load_pass("freeze")(plan)], watch)
     return plan

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from peftc.diagnostics import Span
 from peftc.ir.sites import Site
-from peftc.lang.rule import Delta, Rule, Scalar, Where
+from peftc.lang.expr import names_in
+from peftc.lang.rule import Delta, Expr, Rule, Scalar, Where
 from peftc.lang.static import evaluate_static
 
 Condition = tuple[str, Callable[[Site], bool]]
@@ -77,20 +78,21 @@ def nearest_miss(delta: Delta, rule: Rule, sites: Sequence[Site]) -> tuple[str, 
             excluded = f"`where.{name}` excludes the last {len(left)} {wanted} sites"
             message = f"delta `{delta.name}` matches nothing: {excluded}"
             span = delta.where.spans.get(name) or delta.span_at("where")
-            return message, span, f"these sites have: {_values(name, left)}"
+            return message, span, f"these sites have: {_values(name, left, delta.where.condition)}"
         left = kept
     return f"delta `{delta.name}` matches nothing", delta.span, ""
 
 
-def _values(name: str, sites: list[Site]) -> str:
+def _values(name: str, sites: list[Site], condition: Expr | None) -> str:
     if name == "layers":
         return f"layers 0 to {max(site.layer for site in sites)}"
+    asked = names_in(condition) if condition is not None else set()
     read: dict[str, Callable[[Site], str]] = {
         "stack": lambda site: site.stack,
         "kind": lambda site: site.variant or "no kind",
         "role": lambda site: site.role or "no role",
         "path": lambda site: site.path,
-        "if": lambda site: ", ".join(f"{k}={v}" for k, v in site.dims.items()),
+        "if": lambda site: " and ".join(f"{k}={v}" for k, v in site.dims.items() if k in asked),
     }
     found = list(dict.fromkeys(read[name](site) for site in sites))
     return ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")

@@ -110,6 +110,8 @@ class Program:
     sites: tuple[Site, ...] = ()
     ledger: list[Insertion] = field(default_factory=list)
     delta_parameters: dict[str, DeltaParameter] = field(default_factory=dict)
+    trainable: frozenset[str] = frozenset()
+    """Names of the parameters that train."""
     tied: dict[str, str] = field(default_factory=dict)
     """A parameter that is another one under a second name, to the first name."""
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)

@@ -1,0 +1,83 @@
+"""Zero at the start: which deltas leave the model's outputs as they are before any training.
+
+An abstract interpretation of a delta's subgraph with three values: zero, h itself, anything else. Parameters whose
+`init` is zero are zero; products with zero are zero; h plus zero is h. What this proves holds bit for bit.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftc.ir.program import Insertion, Program, is_call, operand
+
+aten = torch.ops.aten
+
+
+class Value(Enum):
+    """What is known of a node at the start."""
+
+    ZERO = "zero"
+    H = "h"
+    OTHER = "other"
+
+
+_ODD = (
+    aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.neg.default, aten.abs.default,
+    aten.sign.default, aten.sqrt.default, aten.dropout.default,
+)  # fmt: skip
+"""Functions with f(0) = 0."""
+
+_SHAPES = (
+    aten.to.dtype, aten.transpose.int, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.flatten.using_ints, aten.unflatten.int, aten.slice.Tensor, aten.select.int, aten.expand.default,
+    aten.mean.dim, aten.sum.dim_IntList,
+)  # fmt: skip
+
+_PRODUCTS = (aten.mul.Tensor, aten.matmul.default, aten.einsum.default)
+
+
+def starts_as_identity(program: Program, insertion: Insertion) -> bool:
+    """Whether h' is h, bit for bit, with every parameter at its initial value."""
+    if insertion.lowering in ("concat", "prepend"):
+        return False
+    values: dict[fx.Node, Value] = {insertion.before: Value.H}
+    for name, node in program.placeholders("parameter").items():
+        parameter = program.delta_parameters.get(name)
+        if parameter is not None and parameter.init.is_zero:
+            values[node] = Value.ZERO
+    for node in insertion.nodes:
+        values.setdefault(node, _transfer(node, values))
+    return values[insertion.after] is Value.H
+
+
+def _transfer(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+    def known(argument: Any) -> Value:
+        if isinstance(argument, (list, tuple)):
+            return Value.ZERO if any(known(item) is Value.ZERO for item in argument) else Value.OTHER
+        if isinstance(argument, (int, float)):
+            return Value.ZERO if argument == 0 else Value.OTHER
+        return values.get(argument, Value.OTHER) if isinstance(argument, fx.Node) else Value.OTHER
+
+    first = known(node.args[0]) if node.args else Value.OTHER
+    if is_call(node, aten.to.dtype) and first is Value.H:
+        return Value.H  # a cast to the delta's dtype and back: the way back is the identity on what came from below
+    if is_call(node, *_ODD, *_SHAPES):
+        return Value.ZERO if first is Value.ZERO else Value.OTHER
+    if is_call(node, *_PRODUCTS):
+        return Value.ZERO if any(known(argument) is Value.ZERO for argument in node.args) else Value.OTHER
+    if is_call(node, aten.linear.default):
+        bias = node.args[2] if len(node.args) > 2 else None
+        product = Value.ZERO in (first, known(operand(node, 1)))
+        return Value.ZERO if product and (bias is None or known(bias) is Value.ZERO) else Value.OTHER
+    if is_call(node, aten.div.Tensor):
+        return first if first is Value.ZERO else Value.OTHER
+    if is_call(node, aten.add.Tensor, aten.sub.Tensor):
+        second = known(node.args[1] if len(node.args) > 1 else None)
+        if second is Value.ZERO:
+            return first
+        return second if first is Value.ZERO and is_call(node, aten.add.Tensor) else Value.OTHER
+    return Value.OTHER
