@@ -1,21 +1,19 @@
 """The driver: what each command does, from paths to a report. The command line and scripts call these functions.
 
-    driver.apply("mam", "model_dir", "peftc-out", sets={"r": "64"})
-    driver.merge("peftc-out", "merged", export={"hf", "onnx"})
+driver.apply("mam", "model_dir", "peftc-out", sets={"r": "64"})
+driver.merge("peftc-out", "merged", export={"hf", "onnx"})
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftc.progress import NullProgress, Progress
 from peftc.reports import ApplyReport, MergeReport, PlanReport, SitesReport
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
     from peftc.store.model_dir import ModelDir
@@ -80,7 +78,7 @@ def apply(
     write_directory(
         Path(out),
         plan=result,
-        base={**base_reference(base, head, num_labels, seed), "relative": _relative(base.path, Path(out))},
+        base=base_reference(base, head, num_labels, seed),
         entries=entries,
         produce=lambda name: initialize(result.parameters[name], seed),
         support=support,
@@ -117,10 +115,3 @@ def _program(
     progress.step(f"trace {cls.__name__}")
     skeleton = build_skeleton(cls, config)
     return base, skeleton, analyse(skeleton, default_inputs(skeleton.model))
-
-
-def _relative(path: Path, start: Path) -> str:
-    import os
-
-    return os.path.relpath(path.resolve(), start.resolve())
-

@@ -112,8 +112,6 @@ def _plain_config(model: Any) -> Any:
     import copy
 
     config = copy.deepcopy(model.config)
-    if hasattr(config, "use_cache"):
-        config.use_cache = True
     config.architectures = [model.surgery.base_class.__name__]
     return config
 

@@ -16,7 +16,6 @@ from peftc.pipeline import analyse, rewrite
 from peftc.runtime.delta_dir import DeltaDir, check_names
 from peftc.runtime.graph_model import Surgery, attach
 from peftc.runtime.init import initialize
-from peftc.runtime.signature import call_key
 from peftc.store.heads import resolve
 from peftc.store.keys import key_map
 from peftc.store.model_dir import ModelDir
@@ -33,7 +32,7 @@ __all__ = ["PeftcError", "apply", "load"]
 def apply(
     rule: str | Path | Rule,
     model_dir: str | Path,
-    set: Mapping[str, object] | None = None,  # noqa: A002
+    set: Mapping[str, object] | None = None,
     head: str | None = None,
     num_labels: int | None = None,
     seed: int = 0,
@@ -117,8 +116,7 @@ def operate(model: Any, cls: type[PreTrainedModel], rule: Rule, provenance: dict
     program = analyse(skeleton, inputs)
     plan = rewrite(program, rule, fresh=new_parameters(base, skeleton))
     surgery = Surgery(rule, plan, cls, provenance, base.path)
-    surgery.skeletons[model.dtype] = skeleton
-    surgery.programs[model.dtype, plan.dtype, call_key(inputs, {})] = program
+    surgery.keep(model, inputs, skeleton, program)
     return surgery
 
 

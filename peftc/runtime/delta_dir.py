@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftc.diagnostics import fail
 from peftc.store.atomic import atomic_directory
-from peftc.store.safetensors_io import Header, TensorSpec, dtype_code, read_header, read_tensor, write
+from peftc.store.safetensors_io import Header, TensorSpec, read_header, read_tensor, write
 
 if TYPE_CHECKING:
     import torch
@@ -119,11 +119,29 @@ def write_directory(
 ) -> None:
     """Write a delta directory in one move. `support` copies config and tokenizer into it."""
     with atomic_directory(target, replace=replace) as fresh:
-        support(fresh)
-        (fresh / RULE).write_text(plan.rule.text, encoding="utf-8")
-        write(fresh / TENSORS, entries, produce, metadata={"format": "pt"}, progress=progress)
-        manifest = {"format": FORMAT, "base": dict(base), **plan_summary(plan)}
-        (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_files(
+            fresh, target, plan=plan, base=base, entries=entries, produce=produce, support=support, progress=progress
+        )
+
+
+def write_files(
+    fresh: Path,
+    target: Path,
+    *,
+    plan: Plan,
+    base: Mapping[str, Any],
+    entries: list[TensorSpec],
+    produce: Callable[[str], torch.Tensor],
+    support: Callable[[Path], None],
+    progress: Any = None,
+) -> None:
+    """Write the files of a delta directory into `fresh`, which will be, or go into, `target`."""
+    support(fresh)
+    (fresh / RULE).write_text(plan.rule.text, encoding="utf-8")
+    write(fresh / TENSORS, entries, produce, metadata={"format": "pt"}, progress=progress)
+    relative = os.path.relpath(base["path"], target.resolve())
+    manifest = {"format": FORMAT, "base": {**base, "relative": relative}, **plan_summary(plan)}
+    (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -144,27 +162,3 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "trained_base": list(plan.trained),
         "deltas": deltas,
     }
-
-
-def write_model(model: Any, target: Path) -> None:
-    """Save an adapted model's deltas and trained base tensors into `target`."""
-    surgery = model.surgery
-    names = [*surgery.plan.parameters, *surgery.plan.trained]
-    values = {name: model.get_parameter(name).detach().cpu() for name in names}
-    entries = [TensorSpec(name, dtype_code(value.dtype), tuple(value.shape)) for name, value in values.items()]
-
-    def support(fresh: Path) -> None:
-        from peftc.store.model_dir import ModelDir
-
-        if surgery.base_dir is not None:
-            ModelDir.open(surgery.base_dir).copy_support_files(fresh)
-        config = {**model.config.to_dict(), "architectures": [surgery.base_class.__name__]}
-        config.pop("use_cache", None)
-        (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    base = dict(surgery.provenance)
-    if "path" in base:
-        base["relative"] = os.path.relpath(base["path"], target.resolve())
-    write_directory(
-        target, plan=surgery.plan, base=base, entries=entries, produce=values.__getitem__, support=support
-    )

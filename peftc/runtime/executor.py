@@ -26,7 +26,7 @@ class Executor:
         graph.output(result)
         self._bindings = [(b.kind, b.name) for b in program.bindings.values()]
         self._constants = {name: value.to(device) for name, value in program.constants.items() if not value.is_meta}
-        self._out_spec = program.exported.call_spec.out_spec
+        self._out_spec: Any = program.exported.call_spec.out_spec
         self.nodes = mapping
         SetMode(training=training).apply_to(graph)
         move_to(graph, device)

@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftc.diagnostics import fail
-from peftc.frontend.trace import LABELS, Skeleton, build_skeleton
+from peftc.frontend.trace import LABELS, InputSpec, Skeleton, build_skeleton
 from peftc.ir.program import Program
 from peftc.pipeline import analyse, rewrite
 from peftc.plan import Plan
 from peftc.runtime.executor import Executor
-from peftc.runtime.signature import call_key, input_spec
+from peftc.runtime.signature import call_key, input_spec, read_call, refuse_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftc.lang.rule import Rule
-
-_CACHES = ("past_key_values", "cache_params", "encoder_outputs")
 
 
 @dataclass(slots=True)
@@ -46,7 +43,15 @@ class Surgery:
     base_dir: Path | None = None
     executors: dict[Any, Executor] = field(default_factory=dict)
     programs: dict[Any, Program] = field(default_factory=dict)
-    skeletons: dict[torch.dtype, Skeleton] = field(default_factory=dict)
+    skeletons: dict[Any, Skeleton] = field(default_factory=dict)
+
+    def keep(self, model: Any, inputs: Mapping[str, InputSpec], skeleton: Skeleton, program: Program) -> None:
+        """Keep a trace of `model` for its first call with `inputs`."""
+        self.skeletons[_variant(model)] = skeleton
+        self.programs[_variant(model), self.plan.dtype, call_key(inputs, {})] = program
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Surgery:
+        return replace(self, executors={}, programs=dict(self.programs), skeletons=dict(self.skeletons))
 
 
 class GraphModel:
@@ -65,21 +70,21 @@ class GraphModel:
         model: Any = self
         seq2seq = bool(model.config.is_encoder_decoder)
         specs = {name: input_spec(name, tensor, encoder_decoder=seq2seq) for name, tensor in inputs.items()}
-        key = (model.dtype, _delta_dtype(model), call_key(specs, flags))
+        key = (_variant(model), _delta_dtype(model), call_key(specs, flags))
         if key not in surgery.programs:
-            program = analyse(self._skeleton(model.dtype), specs, flags)
+            program = analyse(self._skeleton(), specs, flags)
             rewrite(program, surgery.rule, dtype=_delta_dtype(model), fresh=surgery.plan.trained)
             surgery.programs[key] = program
         return surgery.programs[key]
 
-    def _skeleton(self, dtype: torch.dtype) -> Skeleton:
-        surgery, model = self._surgery, self
-        if dtype not in surgery.skeletons:
-            config = copy.deepcopy(model.config)  # pyright: ignore[reportAttributeAccessIssue]
-            surgery.skeletons[dtype] = build_skeleton(surgery.base_class, config, dtype)
-        skeleton = surgery.skeletons[dtype]
+    def _skeleton(self) -> Skeleton:
+        model: Any = self
+        skeletons, variant = self._surgery.skeletons, _variant(model)
+        if variant not in skeletons:
+            skeletons[variant] = build_skeleton(self._surgery.base_class, copy.deepcopy(model.config), model.dtype)
+        skeleton = skeletons[variant]
         if hasattr(skeleton.config, "problem_type"):
-            skeleton.config.problem_type = model.config.problem_type  # pyright: ignore[reportAttributeAccessIssue]
+            skeleton.config.problem_type = model.config.problem_type
         return skeleton
 
     def _executor(self, inputs: Mapping[str, torch.Tensor], flags: Mapping[str, Any]) -> Executor:
@@ -90,29 +95,67 @@ class GraphModel:
             self._surgery.executors[key] = Executor(program, training=model.training, device=model.device)
         return self._surgery.executors[key]
 
-    def _run(self, arguments: dict[str, Any]) -> Any:
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        as_tuple = arguments.pop("return_dict", True) is False
-        _refuse_caches(arguments)
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        flags = {name: value for name, value in arguments.items() if name not in tensors}
-        if isinstance(flags.get("num_items_in_batch"), int):
-            tensors["num_items_in_batch"] = torch.tensor(flags.pop("num_items_in_batch"))
-        flags.pop("use_cache", None)
-        executor = self._executor(tensors, flags)
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model: Any = self
+        call = read_call(self._surgery.base_class.forward, model.config, args, kwargs)
+        executor = self._executor(call.tensors, call.flags)
+        tensors = dict(call.tensors)
         if LABELS in executor.inputs:
             tensors[LABELS] = tensors.pop("labels")
-        result = executor(state_of(self), tensors)  # pyright: ignore[reportArgumentType]
-        return result.to_tuple() if as_tuple else result
+        result = executor(state_of(model), tensors)
+        return result.to_tuple() if call.as_tuple else result
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # noqa: ARG002
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`, which computes every token from the whole text: there is no cache yet.
+
+        Raises `PeftcError` E041 for an encoder-decoder, and for `use_cache=True`.
+        """
+        model: Any = self
+        if model.config.is_encoder_decoder:
+            fail(
+                "E041",
+                "`generate` on an adapted encoder-decoder would run the encoder without its deltas",
+                help="call the model with input_ids and decoder_input_ids, or merge or export it first",
+            )
+        if kwargs.get("use_cache"):
+            refuse_cache("use_cache=True")
+        base: Any = super()
+        return base.generate(*args, **{**kwargs, "use_cache": False})
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Write the delta directory: rule, deltas and trained base tensors, never the base weights.
 
-        Keyword arguments that transformers' method takes are accepted and have no meaning here.
+        `state_dict` gives the values in place of the model's own, as in transformers' method; its other arguments
+        are accepted and have no meaning here. Files that are there and not peftc's stay. Raises `PeftcError` E036,
+        E040, E041.
         """
-        from peftc.runtime.delta_dir import write_model
+        from peftc.runtime.save import save_model
 
-        write_model(self, Path(save_directory))
+        if push_to_hub:
+            fail("E041", "peftc uploads nothing", help="upload the saved directory with `hf upload`")
+        if is_main_process:
+            save_model(self, Path(save_directory), state_dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A model with parameters of its own; traces, which hold none, are shared."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in self.__dict__.items())
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        fail(
+            "E041",
+            f"a {type(self).__name__} cannot be pickled: its class is made at run time",
+            help="use save_pretrained and peftc.load, or pickle its state_dict()",
+        )
 
     def print_trainable_parameters(self) -> None:
         """Print trained and total counts, as PEFT does."""
@@ -121,29 +164,24 @@ class GraphModel:
         total = sum(p.numel() for p in model.parameters())
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         fail(
             "E041",
             "activation checkpointing is not offered for adapted models",
             help="turn `gradient_checkpointing` off; the deltas themselves hold few activations",
         )
 
-    def _prepare_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         fail(
             "E041",
-            "`generate` on an adapted encoder-decoder would run the encoder without its deltas",
-            help="call the model with input_ids and decoder_input_ids, or merge or export it first",
+            "the embeddings of an adapted model have the size of its base's",
+            help="resize the base model, save it, and apply the rule to that",
         )
 
 
-def _refuse_caches(arguments: Mapping[str, Any]) -> None:
-    given = [name for name in _CACHES if name in arguments]
-    if given:
-        fail(
-            "E041",
-            f"an adapted model takes no `{given[0]}`",
-            help="call `generate(..., use_cache=False)`; its configuration is set so by default",
-        )
+def _variant(model: Any) -> tuple[Any, ...]:
+    """What of a model, beside the inputs of a call, its trace depends on."""
+    return model.dtype, model.config._attn_implementation
 
 
 def _delta_dtype(model: Any) -> torch.dtype | None:
@@ -181,15 +219,13 @@ class _State(Mapping[str, torch.Tensor]):
 def _subclass(base: type[PreTrainedModel]) -> type[Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(base.forward).bind(self, *args, **kwargs)
-        arguments = dict(list(bound.arguments.items())[1:])
-        return self._run({**arguments, **arguments.pop("kwargs", {})})
+        return self._run(args, kwargs)
 
     return type("Peftc" + base.__name__, (GraphModel, base), {"forward": forward, "__module__": __name__})
 
 
 def attach(model: PreTrainedModel, surgery: Surgery, values: Mapping[str, torch.Tensor]) -> Any:
-    """Turn `model` into a `GraphModel`: register the deltas with `values`, freeze the rest, keep what the rule trains."""
+    """Turn `model` into a `GraphModel`: register the deltas with `values`, freeze all else but what the rule trains."""
     for name, parameter in surgery.plan.parameters.items():
         path, _, leaf = name.rpartition(".")
         owner = _container(model, path)
@@ -200,10 +236,10 @@ def attach(model: PreTrainedModel, surgery: Surgery, values: Mapping[str, torch.
         if name not in surgery.plan.parameters:
             parameter.requires_grad_(name in trained)
     model.__class__ = _subclass(surgery.base_class)
-    model._surgery = surgery  # pyright: ignore[reportAttributeAccessIssue]
-    model.config.use_cache = False
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.use_cache = False
+    model._surgery = surgery  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    # The Trainer, which resumes from what was saved, then misses no frozen tensor.
+    saved = {*surgery.plan.parameters, *surgery.plan.trained}
+    model._keys_to_ignore_on_save = set(model.state_dict()) - saved
     return model
 
 

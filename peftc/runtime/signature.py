@@ -1,33 +1,91 @@
-"""From the tensors of a call to the signature it is traced under: which axes are batch and sequence."""
+"""Calls: which arguments are tensors, which are fixed in the trace, and which axes are batch and sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
 
 import torch
 
+from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec
 
 _TARGET = frozenset({"decoder_input_ids", "decoder_attention_mask", "decoder_position_ids", "decoder_inputs_embeds"})
 _SEQUENCE = frozenset({
-    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "labels", "bbox",
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox",
 })  # fmt: skip
+_CACHES: Final = ("past_key_values", "cache_params", "encoder_outputs")
+_FROM_CONFIG: Final = ("output_hidden_states", "output_attentions")
+_PLAIN: Final = (bool, int, float, str)
+
+
+_signature = functools.cache(inspect.signature)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a model: `tensors` are the graph's inputs, `flags` are fixed in the trace."""
+
+    tensors: dict[str, torch.Tensor]
+    flags: dict[str, Any]
+    as_tuple: bool
+
+
+def read_call(forward: Callable[..., Any], config: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """The call `forward(*args, **kwargs)`, where `forward` is the base's own method and `config` its config.
+
+    Raises `PeftcError` E041 for what a trace cannot take, `TypeError` for arguments that `forward` does not have.
+    """
+    signature = _signature(forward)
+    given = dict(signature.bind(None, *args, **kwargs).arguments)
+    given.pop(next(iter(signature.parameters)))
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+    given.update(given.pop(rest, {}))
+    given = {name: value for name, value in given.items() if value is not None}
+    as_tuple = not given.pop("return_dict", getattr(config, "return_dict", True))
+    found = [name for name in _CACHES if name in given] + ["use_cache=True"] * bool(given.pop("use_cache", False))
+    if found:
+        refuse_cache(found[0])
+    if isinstance(given.get("num_items_in_batch"), int):
+        given["num_items_in_batch"] = torch.tensor(given["num_items_in_batch"])  # else every count were a new trace
+    for name in _FROM_CONFIG:
+        given.setdefault(name, bool(getattr(config, name, False)))
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    flags = {n: v for n, v in given.items() if n not in tensors and v is not defaults.get(n, False)}
+    flags = {n: v for n, v in flags.items() if v is not False or defaults.get(n)}
+    for name, value in flags.items():
+        if not isinstance(value, _PLAIN):
+            fail("E041", f"an adapted model takes no {type(value).__name__} as `{name}`", help="give tensors")
+    return Call(tensors, flags, as_tuple)
+
+
+def refuse_cache(name: str) -> NoReturn:
+    """Raise E041 about the argument `name`."""
+    fail(
+        "E041",
+        f"an adapted model keeps no cache, so it takes no `{name}`",
+        help="leave it out (`generate` does without by itself), or merge the deltas first: peftc merge",
+    )
 
 
 def input_spec(name: str, tensor: torch.Tensor, *, encoder_decoder: bool) -> InputSpec:
     """The symbolic axes of one input of a call."""
     if tensor.dim() == 0:
         return InputSpec(tensor.dtype, ())
-    target = name in _TARGET or (encoder_decoder and name == "labels" and tensor.dim() > 1)
-    axis = "target" if target else "sequence"
     sizes: list[str | int] = [int(size) for size in tensor.shape]
     if sizes[0] != 1 or name not in ("position_ids", "decoder_position_ids"):
         sizes[0] = "batch"
-    if tensor.dim() > 1 and (target or name in _SEQUENCE):
-        sizes[1] = axis
-    if tensor.dim() == 4 and name.endswith("attention_mask"):
-        sizes[1:] = [int(tensor.shape[1]), axis, axis]
+    if tensor.dim() > 1 and name == "labels" and not tensor.is_floating_point():
+        sizes[1] = "target" if encoder_decoder else "sequence"  # floats are one number a class, not a token
+    elif tensor.dim() == 4 and name.endswith("attention_mask"):
+        axis = "target" if name in _TARGET else "sequence"
+        sizes[1:] = [size if size == 1 else axis if at > 1 else size for at, size in enumerate(sizes) if at > 0]
+    elif tensor.dim() > 1 and (name in _TARGET or name in _SEQUENCE):
+        sizes[1] = "target" if name in _TARGET else "sequence"
     return InputSpec(tensor.dtype, tuple(sizes))
 
 

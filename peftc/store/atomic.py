@@ -74,6 +74,35 @@ def atomic_directory(target: str | Path, *, replace: bool) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def atomic_files(target: str | Path, *, last: str) -> Iterator[Path]:
+    """Yield a fresh directory inside `target`, whose files replace those of their names when the block ends well.
+
+    Other files of `target` stay. Each file is replaced whole, `last` after all others.
+
+    Raises:
+        PeftcError: E036, `target` is not a directory that can be written to, or an `OSError` came out of the block.
+    """
+    place = Path(target)
+    with _as_diagnostic(place):
+        if not place.is_dir():
+            fail("E036", f"{place} is a file, not a directory", help="give another place")
+        _clean_leftovers(place / "save")
+        fresh = place / _sibling_name("save")
+        fresh.mkdir()
+        try:
+            yield fresh
+            _flush(fresh)
+            files = [file for file in fresh.rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: (file.name == last, file)):
+                goal = place / file.relative_to(fresh)
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(goal)
+            _flush_one(place)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
 def check_free_space(path: str | Path, size: int) -> None:
     """Refuse, before anything is written, to write `size` bytes to a disk that has not as many left.
 
@@ -110,7 +139,7 @@ def _check_target(place: Path, final: Path, *, replace: bool) -> None:
         message = f"{place} exists and was not written by peftc, so it is not replaced"
         fail("E036", message, help="give another place with -o, or remove it yourself")
     if not replace:
-        fail("E036", f"{place} exists", help="give another place with -o, or replace it with --force")
+        fail("E036", f"{place} exists", help="give another place with -o, or remove it yourself")
 
 
 def _host() -> str:

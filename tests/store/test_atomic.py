@@ -94,7 +94,7 @@ def test_existing_output_is_kept_unless_replacing_is_asked_for(tmp_path: Path) -
     target = _old(tmp_path)
     diagnostic = _refused(lambda: _write(target, "new"))
     assert "exists" in diagnostic.message
-    assert "--force" in str(diagnostic.help)
+    assert "remove it yourself" in str(diagnostic.help)
     assert _content(target) == "old"
 
 
