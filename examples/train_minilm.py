@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from word_order import Example, examples, minilm_dir
+from word_order import SHUFFLED, Example, examples, minilm_dir
 
 import peftc
 from peftc import driver
@@ -71,6 +71,7 @@ def train(model: Any, way: str, tokenizer: Any, rows: list[Example], epochs: flo
         learning_rate=LEARNING_RATES[way],
         warmup_steps=0.1,
         weight_decay=0.0,
+        train_sampling_strategy="group_by_length",
         seed=SEED,
         save_strategy="no",
         logging_strategy="no",
@@ -115,7 +116,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(minilm_dir())
     rows, held_out = examples(options.train, options.test)
     truth = np.array([row.label for row in held_out])
-    print(f"{len(rows)} sentences to train on, {len(held_out)} to test; for example {rows[1].text!r} is shuffled\n")
+    shuffled = next(row.text for row in rows if row.label == SHUFFLED)
+    print(f"{len(rows)} sentences to train on, {len(held_out)} to test; out of order: {shuffled!r}\n")
 
     adapted = None
     with tempfile.TemporaryDirectory() as folder:
