@@ -27,19 +27,6 @@ aten = torch.ops.aten
 Layout = Literal["flat", "bshd", "bhsd", "transposed"]
 """flat: as it is; bshd, bhsd: heads split from a flat representation; transposed: a weight stored [in, out]."""
 
-SITE_KINDS = ("attention", "ffn", "linear", "embedding", "conv", "norm", "block", "model")
-
-SITE_TAPS: dict[str, tuple[str, ...]] = {
-    "attention": ("x", "ctx", "q", "k", "v", "heads", "concat", "out"),
-    "ffn": ("x", "gate", "up", "mid", "out", "residual"),
-    "linear": ("x", "out", "weight", "bias"),
-    "embedding": ("out", "weight"),
-    "conv": ("x", "out", "weight", "bias"),
-    "norm": ("x", "out", "weight", "bias"),
-    "block": ("x", "out"),
-    "model": ("embeddings", "logits"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Tap:
@@ -153,7 +140,7 @@ def as_linear(program: Program, node: fx.Node) -> Linear | None:
 class Site:
     """A place of one kind with its taps and dimensions.
 
-    `kind` is one of `SITE_KINDS`; `variant` is "self" or "cross" for an attention. `layer` counts blocks within a
+    `kind` is one of `peftc.lang.sites.SITES`; `variant` is "self" or "cross" for an attention. `layer` counts blocks within a
     `stack` ("encoder" or "decoder"), -1 outside of any block. `linears` are the site's own projections by role.
     """
 
