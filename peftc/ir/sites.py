@@ -140,8 +140,9 @@ def as_linear(program: Program, node: fx.Node) -> Linear | None:
 class Site:
     """A place of one kind with its taps and dimensions.
 
-    `kind` is one of `peftc.lang.sites.SITES`; `variant` is "self" or "cross" for an attention. `layer` counts blocks within a
-    `stack` ("encoder" or "decoder"), -1 outside of any block. `linears` are the site's own projections by role.
+    `kind` is one of `peftc.lang.sites.SITES`; `variant` is "self" or "cross" for an attention. `layer` counts blocks
+    within a `stack` ("encoder" or "decoder"), -1 outside of any block. `linears` are the site's own projections by
+    role.
     """
 
     kind: str
