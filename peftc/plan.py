@@ -155,22 +155,28 @@ def _is_trained(rule: Rule, name: str) -> bool:
 
 def _edits(rule: Rule, delta: Delta, sites: list[Site], dtype: torch.dtype, collector: Collector) -> Iterable[Edit]:
     ranks = _ranks(sites)
+    for tap in delta.modify:
+        _report_missing(delta, tap, [site for site in sites if tap not in site.taps], collector)
     for site in sites:
-        for tap in delta.modify:
-            if tap not in site.taps:
-                reason = site.missing.get(tap, f"{site.describe()} has no tap `{tap}`")
-                collector.error(
-                    "E004",
-                    f"delta `{delta.name}` modifies `{tap}` of {site.describe()}: {reason}",
-                    span=delta.span_at("modify"),
-                    help=did_you_mean(tap, site.taps),
-                )
-                continue
+        for tap in (tap for tap in delta.modify if tap in site.taps):
             statics = site_statics(rule, delta, site, tap)
             edit = Edit(delta, site, tap, statics)
             for param in (*delta.form.params, *delta.params):
                 edit.parameters[param.name] = _parameter(delta, site, tap, param, sites, ranks, statics, dtype)
             yield edit
+
+
+def _report_missing(delta: Delta, tap: str, sites: list[Site], collector: Collector) -> None:
+    if not sites:
+        return
+    site, more = sites[0], f" (and {len(sites) - 1} more sites)" if len(sites) > 1 else ""
+    reason = site.missing.get(tap, f"{site.describe()} has no tap `{tap}`")
+    collector.error(
+        "E004",
+        f"delta `{delta.name}` modifies `{tap}` of {site.describe()}{more}: {reason}",
+        span=delta.span_at("modify"),
+        help=f"it has: {', '.join(site.taps)}; `where` narrows the sites",
+    )
 
 
 def site_statics(rule: Rule, delta: Delta, site: Site, tap: str) -> dict[str, Scalar]:
