@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import fx
 
 from peftc.fold.decide import Decision, decide
-from peftc.fold.updates import Update, update_for
+from peftc.fold.updates import Update, updates_for
 from peftc.ir.program import Program
 
 
@@ -26,13 +26,12 @@ class Fold:
 
     def apply(self, program: Program) -> None:
         self.decisions = decide(program)
-        folded = [d for d in self.decisions if d.result in ("merged", "widened")]
-        self.updates = [update_for(program, decision) for decision in folded]
+        self.updates = updates_for(program, self.decisions)
 
     def remove(self, program: Program) -> None:
-        """Take the folded deltas out of the graph, last one first. Updates must have been computed, or hold a copy."""
+        """Take the folded deltas out of the graph. The updates read it: compute their tensors first."""
         for decision in reversed(self.decisions):
-            if decision.result in ("merged", "widened"):
+            if decision.folds:
                 _take_out(program, decision)
         program.graph.eliminate_dead_code()
 

@@ -118,7 +118,6 @@ def _plain_config(model: Any) -> Any:
 
 def _write_checkpoint(work: _Work, fresh: Path, program: Program, fold: Fold) -> hf.Checkpoint:
     work.progress.step("write checkpoint")
-    plan = work.model.surgery.plan
     folded = FoldedState(work.tensor, fold.updates)
     written = hf.emit(
         fresh,
@@ -127,8 +126,7 @@ def _write_checkpoint(work: _Work, fresh: Path, program: Program, fold: Fold) ->
         program=program,
         decisions=fold.decisions,
         folded=folded,
-        changed={name: work.tensor(name) for name in plan.trained},
-        fresh=work.tensor,
+        trained=work.model.surgery.plan.trained,
         progress=work.progress.update,
     )
     work.progress.step("compare with the unfolded model")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc.diagnostics import PeftcError, fail
-from peftc.store.safetensors_io import TensorSpec, dtype_code, read_tensor, write
+from peftc.diagnostics import Diagnostic, PeftcError, fail
+from peftc.store.safetensors_io import Header, TensorSpec, dtype_code, read_tensor, torch_dtype, write
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
     from peftc.ir.sites import Site
+    from peftc.store.keys import KeyMap
     from peftc.store.model_dir import ModelDir
 
 name = "hf"
@@ -33,11 +34,9 @@ name = "hf"
 
 def refuse_kept(decisions: list[Decision]) -> None:
     """A plain checkpoint holds no delta: name every one that stays, its node and the reason. Raises E037."""
-    from peftc.diagnostics import Diagnostic
-
     staying: dict[tuple[str, str], list[Decision]] = {}
     for decision in decisions:
-        if decision.result in ("constant", "kept"):
+        if not decision.folds:
             staying.setdefault((decision.insertion.delta, decision.reason), []).append(decision)
     if staying:
         raise PeftcError(
@@ -70,67 +69,84 @@ def emit(
     program: Program,
     decisions: list[Decision],
     folded: FoldedState,
-    changed: Mapping[str, torch.Tensor],
-    fresh: Callable[[str], torch.Tensor],
+    trained: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
     """Write config, tokenizer and folded shards into `directory`.
 
-    `changed` are base tensors that the rule trained; `fresh(name)` gives tensors the base checkpoint does not hold.
+    `folded` gives every tensor of the folded model; `trained` are base tensors that the rule trained as they are.
+    Raises `PeftcError` E037 when the checkpoint has no place for a tensor that changes, E042.
     """
     from peftc.store.keys import key_map
 
     config, padding = widened_config(skeleton, program, decisions)
     names = key_map(skeleton.model, source.shapes())
-    touched = set(folded.touched) | set(changed)
+    touched = {*folded.touched, *trained, *padding}
     _refuse_converted(names.converted, touched)
-    state_names = {key: state for state, key in names.state_to_checkpoint.items()}
+    tensors = _Tensors(names, folded, touched, padding)
     head = [*names.missing, *names.mismatched]
-    dropped = {key for key in source.tensors if key not in state_names and key not in names.tied.values()}
-
-    def value(state: str) -> torch.Tensor:
-        tensor = changed[state] if state in changed else folded(state)
-        return padding[state].apply(tensor) if state in padding else tensor
-
-    def spec(key: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-        state = state_names.get(key)
-        if state is None:
-            return TensorSpec(key, dtype, shape)
-        grown = folded.shape(state, shape)
-        return TensorSpec(key, dtype, padding[state].shape(grown) if state in padding else grown)
-
-    written: dict[str, str] = {}
+    last = len(source.headers) - 1
+    placed: dict[str, TensorSpec] = {}
+    weight_map: dict[str, str] = {}
     for index, header in enumerate(source.headers):
-        entries = [spec(k, i.dtype, i.shape) for k, i in header.tensors.items() if k not in names.mismatched]
-        extra: dict[str, torch.Tensor] = {}
-        if index == len(source.headers) - 1:
-            extra = {state: changed[state] if state in changed else fresh(state) for state in head}
-            entries = [entry for entry in entries if entry.name not in extra]
-            entries += [TensorSpec(n, dtype_code(t.dtype), tuple(t.shape)) for n, t in extra.items()]
+        added = {state: tensors.value(state) for state in head} if index == last else {}
+        entries = [tensors.spec(header, key) for key in header.tensors if key not in names.mismatched]
+        entries += [TensorSpec(n, dtype_code(t.dtype), tuple(t.shape)) for n, t in added.items()]
 
-        def produce(key: str, header: Any = header, extra: dict[str, torch.Tensor] = extra) -> torch.Tensor:
-            if key in extra:
-                return extra[key]
-            state = state_names.get(key)
-            if state is not None and (state in touched or state in padding):
-                return value(state).to(read_dtype(header, key))
-            return read_tensor(header, key)
+        def produce(key: str, header: Header = header, added: Mapping[str, torch.Tensor] = added) -> torch.Tensor:
+            return added[key] if key in added else tensors.read(header, key)
 
         write(directory / header.path.name, entries, produce, header.metadata or {"format": "pt"}, progress)
-        written.update({entry.name: header.path.name for entry in entries})
+        placed.update({entry.name: entry for entry in entries})
+        weight_map.update({entry.name: header.path.name for entry in entries})
     if len(source.headers) > 1:
-        _write_index(directory, source, written)
+        _write_index(directory, placed, weight_map)
     source.copy_support_files(directory)
     config.save_pretrained(directory)
-    del dropped
-    count = len(touched - set(head))
-    return Checkpoint(count, len(written) - count - len(head), len(head), config)
+    changed = sum(key in tensors.changed for key in placed)
+    return Checkpoint(changed, len(placed) - changed - len(head), len(head), config)
 
 
-def read_dtype(header: Any, key: str) -> torch.dtype:
-    from peftc.store.safetensors_io import torch_dtype
+@dataclass(slots=True)
+class _Tensors:
+    """The tensors of the new checkpoint by the names of the old one.
 
-    return torch_dtype(header.tensors[key].dtype)
+    A parameter with two names (tied weights) may be stored under one of them, or under both, and be changed under the
+    other: `changed` says for every stored name that changes which state-dict name holds the new value.
+    """
+
+    names: KeyMap
+    folded: FoldedState
+    touched: set[str]
+    padding: Mapping[str, Padding]
+    changed: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        aliases = [*self.names.tied.items(), *self.names.stored_twice.items()]
+        holder = {state: state for state in self.touched}
+        for state, owner in aliases:
+            for one, other in ((state, owner), (owner, state)):
+                if one in self.touched:
+                    holder.setdefault(other, one)
+        stored = self.names.state_to_checkpoint.items()
+        self.changed = {key: holder[state] for state, key in stored if state in holder}
+
+    def value(self, state: str) -> torch.Tensor:
+        tensor = self.folded(state)
+        return self.padding[state].apply(tensor) if state in self.padding else tensor
+
+    def spec(self, header: Header, key: str) -> TensorSpec:
+        info = header.tensors[key]
+        shape, state = info.shape, self.changed.get(key)
+        if state is not None:
+            shape = self.folded.shape(state, shape)
+            shape = self.padding[state].shape(shape) if state in self.padding else shape
+        return TensorSpec(key, info.dtype, shape)
+
+    def read(self, header: Header, key: str) -> torch.Tensor:
+        if key not in self.changed:
+            return read_tensor(header, key)
+        return self.value(self.changed[key]).to(torch_dtype(header.tensors[key].dtype))
 
 
 def _refuse_converted(converted: Mapping[str, Any], touched: set[str]) -> None:
@@ -143,23 +159,27 @@ def _refuse_converted(converted: Mapping[str, Any], touched: set[str]) -> None:
         )
 
 
-def _write_index(directory: Path, source: ModelDir, written: Mapping[str, str]) -> None:
-    total = sum(spec.stat().st_size for spec in directory.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(written.items()))}
-    name = next(source.path.glob("*.safetensors.index.json")).name
-    (directory / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _write_index(directory: Path, placed: Mapping[str, TensorSpec], weight_map: Mapping[str, str]) -> None:
+    total = sum(spec.nbytes for spec in placed.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    text = json.dumps(index, indent=2) + "\n"
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Zeros at the end of an axis: hidden units that do nothing, where other layers have more."""
+    """Zeros at the end of an axis: hidden units that do nothing, where other layers have more.
+
+    An axis that holds several streams, one after the other (`blocks`), is padded at the end of each.
+    """
 
     axis: int
     amount: int
+    blocks: int = 1
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         grown = list(shape)
-        grown[self.axis] += self.amount
+        grown[self.axis] += self.amount * self.blocks
         return tuple(grown)
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -167,7 +187,9 @@ class Padding:
 
         extra = list(tensor.shape)
         extra[self.axis] = self.amount
-        return torch.cat([tensor, torch.zeros(extra, dtype=tensor.dtype)], self.axis)
+        zeros = torch.zeros(extra, dtype=tensor.dtype)
+        pieces = [piece for block in tensor.chunk(self.blocks, self.axis) for piece in (block, zeros)]
+        return torch.cat(pieces, self.axis)
 
 
 def widened_config(
@@ -242,10 +264,8 @@ def _pad(site: Site, amount: int) -> dict[str, Padding]:
         return {}
     padding: dict[str, Padding] = {}
     for role, linear in site.linears.items():
-        if role == "gate_up":
-            fail("E037", f"{linear.weight_name} is fused: layers of different width cannot be padded", help="use --export onnx")
-        rows = role != "down"
-        padding[linear.weight_name] = Padding(int(rows == linear.transposed), amount)
+        rows, blocks = role != "down", 2 if role == "gate_up" else 1
+        padding[linear.weight_name] = Padding(int(rows == linear.transposed), amount, blocks)
         if rows and linear.bias_name is not None:
-            padding[linear.bias_name] = Padding(0, amount)
+            padding[linear.bias_name] = Padding(0, amount, blocks)
     return padding

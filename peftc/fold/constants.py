@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from peftc.fold.affine import Constant, classify
+from peftc.diagnostics import fail
+from peftc.fold.affine import Constant, Kind, classify
 from peftc.fold.evaluate import Read, evaluate
-from peftc.ir.program import DeltaParameter, Init, Insertion, Program, is_call
+from peftc.ir.program import DeltaParameter, Init, Insertion, Program, is_call, operand
 
 aten = torch.ops.aten
 
@@ -19,16 +20,19 @@ _TRIVIAL = (aten.transpose.int, aten.unsqueeze.default, aten.to.dtype, aten.expa
 
 
 def evaluate_constants(program: Program, insertions: list[Insertion], read: Read) -> dict[str, torch.Tensor]:
-    """Replace constant subgraphs of the insertions by stored parameters; returns the new ones' values by name."""
+    """Replace constant subgraphs of the insertions by stored parameters; returns the new ones' values by name.
+
+    Raises `PeftcError` E042 when one holds NaN or infinity.
+    """
     values: dict[str, torch.Tensor] = {}
     for insertion in insertions:
-        parameters = set(program.placeholders("parameter").values())
-        kinds = classify(insertion.nodes, {}, parameters)
-        frontier = [n for n in insertion.nodes if isinstance(kinds[n], Constant) and _leaves(n, kinds)]
-        for index, node in enumerate(node for node in frontier if _is_work(node, parameters)):
-            owner = insertion.parameters[0].rpartition(".")[0]
-            tensor = evaluate(program, node, {}, read)
-            name = f"{owner}.constant_{index}"
+        parameters = program.placeholders("parameter")
+        owner = insertion.parameters[-1].rpartition(".")[0] if insertion.parameters else insertion.delta
+        for node in _results(insertion, set(parameters.values())):
+            tensor = evaluate(program, node, {}, read).contiguous()
+            if not torch.isfinite(tensor).all():
+                fail("E042", f"{node} of delta `{insertion.delta}` holds NaN or infinity", help="check the delta")
+            name = _new_name(f"{owner}.{insertion.site.kind}_constant", {*parameters, *values})
             parameter = DeltaParameter(name, tuple(tensor.shape), tensor.dtype, Init("zeros"), True, insertion.delta)
             node.replace_all_uses_with(program.add_parameter(parameter))
             values[name] = tensor
@@ -36,11 +40,22 @@ def evaluate_constants(program: Program, insertions: list[Insertion], read: Read
     return values
 
 
-def _leaves(node: fx.Node, kinds: dict[fx.Node, object]) -> bool:
+def _results(insertion: Insertion, parameters: set[fx.Node]) -> list[fx.Node]:
+    """The constant nodes that something else than a constant reads, where they are more than a parameter."""
+    kinds = classify(insertion.nodes, {}, parameters)
+    constant = [node for node in insertion.nodes if isinstance(kinds[node], Constant) and _is_read(node, kinds)]
+    return [node for node in constant if not _is_parameter(node, parameters)]
+
+
+def _is_read(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
     return any(not isinstance(kinds.get(user), Constant) for user in node.users)
 
 
-def _is_work(node: fx.Node, parameters: set[fx.Node]) -> bool:
+def _is_parameter(node: fx.Node, parameters: set[fx.Node]) -> bool:
     while is_call(node, *_TRIVIAL):
-        node = node.args[0]  # type: ignore[assignment]
-    return node not in parameters
+        node = operand(node, 0)
+    return node in parameters
+
+
+def _new_name(stem: str, taken: set[str]) -> str:
+    return next(name for i in range(len(taken) + 1) if (name := f"{stem}_{i}") not in taken)

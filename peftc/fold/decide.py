@@ -7,10 +7,14 @@
 | widened  | h' = h + an affine function of act(an affine function of x), at an FFN with that x and act   |
 | constant | the delta reads no activation: a prefix's keys and values, a prompt's rows                    |
 | kept     | anything else, with the node and the reason                                                  |
+
+Each entry is judged by itself first. Entries that meet are then settled together: one that stays keeps those in place
+whose numbers would have to move past it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +22,10 @@ import torch
 from torch import fx
 
 from peftc.fold.affine import Affine, Constant, Opaque, classify
+from peftc.fold.linears import Reach
 from peftc.fold.widen import Widening, find_widening
-from peftc.ir.program import Insertion, Program, is_call, module_path
-from peftc.ir.sites import Linear, as_linear
-from peftc.locate.walk import DROPOUT, PIECES, VIEWS
+from peftc.ir.program import Insertion, Program, is_call
+from peftc.ir.sites import Linear
 
 aten = torch.ops.aten
 
@@ -30,7 +34,10 @@ Result = Literal["merged", "widened", "constant", "kept"]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of one insertion; `into` is the linear it merges into, from the side of its output or its input."""
+    """What becomes of one insertion; `into` is the linear it merges into, from the side of its output or its input.
+
+    `unit` says that h' = h + .., `reads_x` that x is in it, `offset` that a constant may be.
+    """
 
     insertion: Insertion
     result: Result
@@ -39,172 +46,198 @@ class Decision:
     into: Linear | None = None
     side: Literal["output", "input", "parameter", ""] = ""
     unit: bool = False
+    reads_x: bool = False
     offset: bool = False
     widening: Widening | None = None
+    met: tuple[Insertion, ...] = ()
+    """Ledger entries between the tap and the linear, and (from the input's side) those that read h'."""
 
     @property
     def where(self) -> str:
         return f"{self.insertion.site.describe()}, tap `{self.insertion.tap}`"
 
+    @property
+    def folds(self) -> bool:
+        """Whether the delta leaves the graph."""
+        return self.result in ("merged", "widened")
+
 
 def decide(program: Program) -> list[Decision]:
     """One decision for each ledger entry, in ledger order."""
-    decisions: list[Decision] = []
-    kept: set[fx.Node] = set()
-    for insertion in program.ledger:
-        decision = _decide(program, insertion)
-        if insertion.original in kept and decision.result in ("merged", "widened"):
-            decision = Decision(insertion, "kept", "an earlier delta at this tap stays", str(insertion.after))
-        if decision.result == "kept":
-            kept.update((insertion.written, insertion.after))
-        decisions.append(decision)
+    reach = Reach(program)
+    decisions = [_decide(reach, insertion) for insertion in program.ledger]
+    settled = False
+    while not settled:
+        by_entry = {id(d.insertion): d for d in decisions}
+        after = [_settle(reach, decision, lambda entry: by_entry[id(entry)]) for decision in decisions]
+        settled = all(new is old for new, old in zip(after, decisions, strict=True))
+        decisions = after
     return decisions
 
 
-def _decide(program: Program, insertion: Insertion) -> Decision:
+def _kept(insertion: Insertion, reason: str, node: fx.Node | None = None) -> Decision:
+    return Decision(insertion, "kept", reason, str(insertion.after if node is None else node))
+
+
+def _decide(reach: Reach, insertion: Insertion) -> Decision:
     if insertion.lowering in ("concat", "gated", "prepend"):
-        return _decide_constant(program, insertion)
-    constants = set(program.placeholders("parameter").values())
+        return _decide_constant(reach, insertion)
     if insertion.tap in ("weight", "bias"):
-        return _decide_parameter(program, insertion, constants)
-    streams = _streams(insertion)
-    kinds = classify(insertion.nodes, streams, constants)
-    kind = kinds[insertion.after]
+        return _decide_parameter(reach, insertion)
+    kind = classify(insertion.nodes, reach.streams(insertion), reach.parameters)[insertion.after]
     if isinstance(kind, Affine):
-        return _decide_affine(program, insertion, kind)
-    if isinstance(kind, Opaque):
-        widening, obstacle = find_widening(program, insertion, constants)
-        if widening is not None:
-            return Decision(insertion, "widened", widening=widening, node=str(insertion.after))
-        why = f"{_op(kind.culprit)} is not affine in its input"
-        return Decision(insertion, "kept", f"{why}; {obstacle}" if obstacle else why, str(kind.culprit))
-    return Decision(insertion, "kept", "the new value does not depend on h", str(insertion.after))
+        return _decide_affine(reach, insertion, kind)
+    if isinstance(kind, Constant):
+        return _kept(insertion, "the new value does not depend on h")
+    widening, obstacle = find_widening(reach, insertion)
+    if widening is not None:
+        path = reach.producer(insertion)
+        met = () if path is None else path.met
+        return Decision(insertion, "widened", node=str(insertion.after), widening=widening, met=met)
+    return _kept(insertion, f"{kind.reason}; {obstacle}" if obstacle else kind.reason, kind.culprit)
 
 
-def _op(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return f"`{packet.__name__ if packet is not None else node.target}`"
-
-
-def _streams(insertion: Insertion) -> dict[fx.Node, str]:
-    streams = {insertion.before: "h"}
-    if insertion.x is not None and insertion.x is not insertion.before:
-        streams[_uncast(insertion.x)] = "x"
-    return streams
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    while is_call(node, aten.to.dtype):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _decide_constant(program: Program, insertion: Insertion) -> Decision:
-    constants = set(program.placeholders("parameter").values())
-    kinds = classify(insertion.nodes, {}, constants)
-    rows = [node for node in (insertion.x, insertion.dh) if node is not None]
+def _decide_constant(reach: Reach, insertion: Insertion) -> Decision:
     if insertion.lowering == "gated":
-        return Decision(insertion, "kept", "`lower: gated` keeps the gate λ as it is written", str(insertion.after))
-    if all(isinstance(kinds[node], Constant) for node in rows):
-        what = "rows of the prompt" if insertion.lowering == "prepend" else "keys and values of the prefix"
-        return Decision(insertion, "constant", f"{what} are stored; they are no weight of the base", str(insertion.after))
-    culprit = next(node for node in rows if not isinstance(kinds[node], Constant))
-    return Decision(insertion, "kept", "the prefix depends on the input", str(culprit))
+        return _kept(insertion, "`lower: gated` keeps the gate λ as it is written")
+    kinds = classify(insertion.nodes, {}, reach.parameters)
+    for node in (insertion.x, insertion.dh):
+        if node is not None and not isinstance(kinds[node], Constant):
+            return _kept(insertion, "the prefix depends on the input", node)
+    what = "rows of the prompt" if insertion.lowering == "prepend" else "keys and values of the prefix"
+    reason = f"{what} are stored; they are no weight of the base"
+    return Decision(insertion, "constant", reason, str(insertion.after))
 
 
-def _decide_parameter(program: Program, insertion: Insertion, constants: set[fx.Node]) -> Decision:
-    kind = classify(insertion.nodes, {}, constants)[insertion.after]
+def _decide_parameter(reach: Reach, insertion: Insertion) -> Decision:
+    kind = classify(insertion.nodes, {}, [*reach.parameters, insertion.original])[insertion.after]
+    if isinstance(kind, Opaque):
+        return _kept(insertion, f"the new {insertion.tap} depends on the input: {kind.reason}", kind.culprit)
     placeholder = insertion.site.taps[insertion.tap].node
-    name = program.parameter_name(placeholder)
-    if not isinstance(kind, Constant) or name is None:
-        return Decision(insertion, "kept", "the new weight depends on the input", str(insertion.after))
-    others = [user for user in placeholder.users if user is not insertion.site.taps[insertion.tap].user]
-    others = [user for user in others if user not in insertion.nodes and not _own_write(program, user)]
-    ties = [first for later, first in program.tied.items() if name in (later, first)]
-    if others or ties:
-        where = module_path(others[0]) if others else ties[0]
-        return Decision(insertion, "kept", f"{name} is also used by {where}", str(placeholder))
+    name = reach.program.parameter_name(placeholder)
+    if name is None:
+        return _kept(insertion, f"{placeholder} is no parameter", placeholder)
+    blocked = reach.used_elsewhere(name, placeholder)
+    if blocked:
+        return _kept(insertion, blocked, placeholder)
     return Decision(insertion, "merged", node=str(insertion.after), side="parameter")
 
 
-def _own_write(program: Program, user: fx.Node) -> bool:
-    return any(user in entry.nodes for entry in program.ledger)
+def _decide_affine(reach: Reach, insertion: Insertion, kind: Affine) -> Decision:
+    path = reach.producer(insertion)
+    if path is None:
+        return _decide_consumer(reach, insertion, kind)
+    linear = path.linear
+    if "x" in kind.streams and not _same_value(reach.input_of(insertion), linear.node.args[0]):
+        owner = linear.weight_name.rpartition(".")[0]
+        return _kept(insertion, f"its input is not that of {owner}, so it is no change of that weight")
+    return _merged(reach, insertion, kind, linear, "output", path.met)
 
 
-def _decide_affine(program: Program, insertion: Insertion, kind: Affine) -> Decision:
-    unit = "h" in kind.unit
-    producer = _producer(program, insertion)
-    if producer is not None:
-        if "x" in kind.streams and _uncast(insertion.x) is not producer.x:  # type: ignore[arg-type]
-            return _through(program, insertion, kind, producer)
-        if kind.offset and producer.bias_name is None:
-            return Decision(
-                insertion, "kept", f"it adds a bias, and {producer.weight_name.rpartition('.')[0]} has none",
-                str(insertion.after),
-            )  # fmt: skip
-        blocked = _shared(program, producer)
-        if blocked:
-            return Decision(insertion, "kept", blocked, str(producer.node))
-        return Decision(insertion, "merged", into=producer, side="output", unit=unit, offset=kind.offset, node=str(insertion.after))
-    return _decide_consumer(program, insertion, kind, unit)
-
-
-def _through(program: Program, insertion: Insertion, kind: Affine, producer: Linear) -> Decision:
-    """An affine delta whose input is not the linear's own: widening may still take it, with a linear 'activation'."""
-    reason = f"its input is not that of {module_path(producer.node)}, so it is no change of that weight"
-    return Decision(insertion, "kept", reason, str(insertion.after))
-
-
-def _shared(program: Program, linear: Linear) -> str:
-    """Why a linear's weight cannot be changed for one site alone, or ""."""
-    users = [user for user in linear.weight.users if not _own_write(program, user)]
-    if len(users) > 1:
-        return f"{linear.weight_name} is used in {len(users)} places"
-    tied = [first for later, first in program.tied.items() if linear.weight_name in (later, first)]
-    return f"{linear.weight_name} is tied to {tied[0]}" if tied else ""
-
-
-def _producer(program: Program, insertion: Insertion) -> Linear | None:
-    """The linear whose output, or a part of it, is h."""
-    node = insertion.site.taps[insertion.tap].node
-    while True:
-        linear = as_linear(program, node)
-        if linear is not None:
-            return linear
-        if node.op != "call_function" or not (is_call(node, *VIEWS, *PIECES) or _is_getitem(node)):
-            return None
-        node = node.args[0]  # type: ignore[assignment]
-
-
-def _is_getitem(node: fx.Node) -> bool:
-    from peftc.ir.program import is_getitem
-
-    return is_getitem(node)
-
-
-def _decide_consumer(program: Program, insertion: Insertion, kind: Affine, unit: bool) -> Decision:
-    """h' feeds linears alone: h' = h B + c changes their weights to W B and their biases by W c."""
+def _decide_consumer(reach: Reach, insertion: Insertion, kind: Affine) -> Decision:
+    """h' feeds one linear alone: h' = h B + c changes its weight to W Bᵀ and its bias by W c."""
+    path = reach.consumer(insertion)
+    if path is None:
+        return _kept(insertion, "h is neither made nor taken by a single linear layer")
     if "x" in kind.streams:
-        return Decision(insertion, "kept", "h comes from no linear layer with this input", str(insertion.after))
-    consumers = _consumers(program, insertion.written)
-    if consumers is None or len(consumers) != 1:
-        return Decision(insertion, "kept", "h is neither made nor taken by a single linear layer", str(insertion.after))
-    linear = consumers[0]
+        return _kept(insertion, "h comes from no linear layer with this input")
+    return _merged(reach, insertion, kind, path.linear, "input", path.met)
+
+
+def _merged(
+    reach: Reach,
+    insertion: Insertion,
+    kind: Affine,
+    linear: Linear,
+    side: Literal["output", "input"],
+    met: tuple[Insertion, ...],
+) -> Decision:
     if kind.offset and linear.bias_name is None:
-        return Decision(insertion, "kept", f"it adds a bias, and {module_path(linear.node)} has none", str(insertion.after))
-    blocked = _shared(program, linear)
+        return _kept(insertion, f"it adds a bias, and {linear.weight_name.rpartition('.')[0]} has none")
+    blocked = reach.shared([linear]) or (reach.shared_rows(insertion, linear) if side == "output" else "")
     if blocked:
-        return Decision(insertion, "kept", blocked, str(linear.node))
-    return Decision(insertion, "merged", into=linear, side="input", unit=unit, offset=kind.offset, node=str(insertion.after))
+        return _kept(insertion, blocked, linear.node)
+    return Decision(
+        insertion, "merged", "", str(insertion.after), linear, side,
+        unit="h" in kind.unit, reads_x="x" in kind.streams, offset=kind.offset, met=met,
+    )  # fmt: skip
 
 
-def _consumers(program: Program, written: fx.Node) -> list[Linear] | None:
-    found: list[Linear] = []
-    for user in written.users:
-        while is_call(user, *DROPOUT) and len(user.users) == 1:
-            user = next(iter(user.users))
-        linear = as_linear(program, user)
-        if linear is None or linear.x is not written and not is_call(linear.x, *DROPOUT):
-            return None
-        found.append(linear)
-    return found
+def _same_value(a: fx.Node | None, b: object) -> bool:
+    """Whether two nodes are one value up to casts, which a fold computes without."""
+    return a is not None and _uncast(a) is _uncast(b)
+
+
+def _uncast(node: object) -> object:
+    while isinstance(node, fx.Node) and is_call(node, aten.to.dtype):
+        node = node.args[0]
+    return node
+
+
+def _settle(reach: Reach, decision: Decision, of: Callable[[Insertion], Decision]) -> Decision:
+    """The decision, or "kept" where another delta that stays is in the way."""
+    if not decision.folds:
+        return decision
+    obstacle = _obstacle(reach, decision, of)
+    return decision if obstacle is None else _kept(decision.insertion, *obstacle)
+
+
+def _obstacle(
+    reach: Reach, decision: Decision, of: Callable[[Insertion], Decision]
+) -> tuple[str, fx.Node] | None:
+    insertion, ledger = decision.insertion, reach.program.ledger
+    if decision.side == "parameter":
+        node = insertion.site.taps[insertion.tap].node
+        earlier = [e for e in ledger[: ledger.index(insertion)] if e.site.taps[e.tap].node is node]
+        return _first_staying(earlier, of)
+    if decision.side == "input":
+        for entry in decision.met:
+            if not _follows(of(entry), decision.into):
+                return f"delta `{entry.delta}`, which reads it, stays", entry.after
+        return _first_staying(_on_weights(ledger, decision.into), of)
+    additive = decision.unit or decision.widening is not None
+    past = [entry for entry in decision.met if not (additive and _adds(entry))]
+    if decision.widening is None:
+        return _first_staying([*past, *_on_weights(ledger, decision.into)], of)
+    inner = set(decision.widening.inner)
+    inside = [e for e in ledger if any(operand in inner for node in e.nodes for operand in node.all_input_nodes)]
+    weights = [e for linear in insertion.site.linears.values() for e in _on_weights(ledger, linear)]
+    return _first_staying([*past, *inside, *weights], of)
+
+
+def _follows(other: Decision, linear: Linear | None) -> bool:
+    """Whether a delta that reads the input of `linear` becomes a part of `linear` itself."""
+    if linear is None or not other.folds:
+        return False
+    if other.widening is not None:
+        return linear.node in {up.node for role, up in other.insertion.site.linears.items() if role != "down"}
+    return other.into is not None and other.into.node is linear.node
+
+
+def _first_staying(entries: list[Insertion], of: Callable[[Insertion], Decision]) -> tuple[str, fx.Node] | None:
+    for entry in entries:
+        if not of(entry).folds:
+            return f"delta `{entry.delta}` at {entry.site.describe()}, tap `{entry.tap}`, is in the way and stays", entry.after
+    return None
+
+
+def _on_weights(ledger: list[Insertion], linear: Linear | None) -> list[Insertion]:
+    """Entries that modify the weight or the bias of a linear layer."""
+    if linear is None:
+        return []
+    own = (linear.weight, linear.bias)
+    return [entry for entry in ledger if entry.tap in ("weight", "bias") and entry.site.taps[entry.tap].node in own]
+
+
+def _adds(entry: Insertion) -> bool:
+    """Whether h' = h + something that does not read h: what is added to h before it may as well be added after."""
+    if not is_call(entry.after, aten.add.Tensor) or entry.after.kwargs or entry.after.args[0] is not entry.before:
+        return False
+    own, queue = set(entry.nodes), [entry.after.args[1]]
+    while queue:
+        node = queue.pop()
+        if node is entry.before or node is entry.original:
+            return False
+        if isinstance(node, fx.Node) and node in own:
+            queue.extend(node.all_input_nodes)
+    return True

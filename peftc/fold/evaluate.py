@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from peftc.ir.program import Program, is_call
 
@@ -26,11 +27,26 @@ def evaluate(
     """The value of `wanted` given `feeds`; parameters come from `read`, computed in `dtype` (default: as they are).
 
     Dropout is off. Symbolic sizes count as 1: feeds are single rows, or matrices of rows where no op asks for sizes.
+    Raises `ValueError` when the value depends on something that is neither fed nor read.
     """
     values: dict[fx.Node, Any] = dict(feeds)
     for node in _needed(wanted, set(feeds)):
         values[node] = _value(program, node, values, read, dtype)
     return values[wanted]
+
+
+def evaluate_rows(
+    program: Program,
+    wanted: fx.Node,
+    feeds: Mapping[fx.Node, torch.Tensor],
+    read: Read,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same for matrices: each row of a feed [n, d] is one token, whatever the rank in the graph; gives [n, d_out]."""
+    shaped = {node: rows.reshape(*[1] * (node.meta["val"].dim() - 2), *rows.shape) for node, rows in feeds.items()}
+    count = max(rows.shape[0] for rows in feeds.values())
+    value = evaluate(program, wanted, shaped, read, dtype)
+    return value.reshape(-1, value.shape[-1]).expand(count, -1)
 
 
 def _needed(wanted: fx.Node, known: set[fx.Node]) -> list[fx.Node]:
@@ -59,21 +75,25 @@ def _value(
     if _is_size(node):
         return _as_one(node.meta["val"])
     if node.op == "placeholder":
-        binding = program.bindings[node]
-        if binding.kind == "constant":
-            return program.constants[binding.name]
-        if read is None or binding.kind == "input":
-            raise ValueError(f"{node} cannot be read here")
-        value = read(binding.name)
-        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        return _parameter(program, node, read, dtype)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
     if is_call(node, aten.dropout.default):
         return args[0]
-    if dtype is not None and is_call(node, aten.to.dtype):
-        return args[0].to(dtype) if args[0].is_floating_point() else args[0]
+    if dtype is not None and is_call(node, aten.to.dtype, aten._to_copy.default) and args[0].is_floating_point():
+        return args[0].to(dtype)
     args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def _parameter(program: Program, node: fx.Node, read: Read | None, dtype: torch.dtype | None) -> torch.Tensor:
+    binding = program.bindings[node]
+    if binding.kind == "constant":
+        return program.constants[binding.name]
+    if read is None or binding.kind == "input":
+        raise ValueError(f"{node} cannot be read here")
+    value = read(binding.name)
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def _as_one(size: Any) -> int:
@@ -84,19 +104,27 @@ def _as_one(size: Any) -> int:
 
 
 def _on_cpu(arguments: Any) -> Any:
-    from torch.utils import _pytree as pytree
-
     return pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), arguments)
 
 
 def selection(program: Program, source: fx.Node, part: fx.Node, layout: str) -> torch.Tensor:
     """Which output rows of `source` (a linear) the value `part` is, in canonical order: a vector of indices.
 
-    `part` must come from `source` through views and pieces alone; `layout` is that of the tap.
+    `part` must come from `source` through views and pieces alone, as the base graph has them; `layout` is that of the
+    tap.
     """
     width = int(source.meta["val"].shape[-1])
     rows = torch.arange(width, dtype=torch.float64).reshape([1] * (source.meta["val"].dim() - 1) + [width])
-    value = evaluate(program, part, {source: rows})
+    value = evaluate(program, part, _everywhere(program, source, rows))
     if layout == "bhsd":
         value = value.transpose(1, 2)
     return value.reshape(-1).round().long()
+
+
+def _everywhere(program: Program, node: fx.Node, value: torch.Tensor) -> dict[fx.Node, torch.Tensor]:
+    """`value` for a node of the base graph and for every node that deltas have put in its place."""
+    feeds = {node: value}
+    while node in program.replaced:
+        node = program.replaced[node]
+        feeds[node] = value
+    return feeds

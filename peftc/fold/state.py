@@ -14,16 +14,17 @@ from peftc.fold.updates import Update
 class FoldedState:
     """Reads tensors of the folded model by state-dict name.
 
-    `read` gives the unfolded tensors (base and deltas). Updates are computed in float32, in float64 for a float64
-    tensor, and rounded once to the dtype the tensor is stored in.
+    `read` gives the unfolded tensors (base and deltas); `updates` come in the order in which they hold (see
+    `peftc.fold.updates.updates_for`). They are computed in float32, in float64 for a float64 tensor, and rounded once to
+    the dtype the tensor is stored in.
     """
 
     def __init__(self, read: Read, updates: Sequence[Update]) -> None:
         self._read = read
-        self._updates: dict[str, list[Update]] = {}
-        for update in updates:
+        self._updates: dict[str, list[tuple[int, Update]]] = {}
+        for index, update in enumerate(updates):
             for name in update.touches:
-                self._updates.setdefault(name, []).append(update)
+                self._updates.setdefault(name, []).append((index, update))
 
     @property
     def touched(self) -> tuple[str, ...]:
@@ -31,21 +32,27 @@ class FoldedState:
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a tensor after its updates."""
-        for update in self._updates.get(name, ()):
+        for _, update in self._updates.get(name, ()):
             shape = update.shape(name, shape)
         return shape
 
     def __call__(self, name: str) -> torch.Tensor:
         """The folded tensor. Raises `PeftcError` E042 when it holds NaN or infinity."""
-        tensor = self._read(name)
-        updates = self._updates.get(name)
-        if not updates:
-            return tensor
-        working = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        value = tensor.to(working)
-        for update in updates:
-            value = update.apply(name, value, self._read)
-        folded = value.to(tensor.dtype).contiguous()
+        if name not in self._updates:
+            return self._read(name)
+        value, dtype = self._before(name, None)
+        folded = value.to(dtype).contiguous()
         if not torch.isfinite(folded).all():
             fail("E042", f"the merged {name} holds NaN or infinity", help="check the delta; nothing was written")
         return folded
+
+    def _before(self, name: str, limit: int | None) -> tuple[torch.Tensor, torch.dtype]:
+        """The tensor after the updates with a lower number than `limit`, not rounded yet, and its stored dtype."""
+        tensor = self._read(name)
+        value = tensor
+        if name in self._updates:
+            value = tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        for index, update in self._updates.get(name, ()):
+            if limit is None or index < limit:
+                value = update.apply(name, value, lambda other, index=index: self._before(other, index)[0])
+        return value, tensor.dtype

@@ -1,0 +1,39 @@
+"""Deltas that are affine through a linear layer become a change of its weight, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fold.conftest import Checkpoints
+from fold.support import merge
+
+AFFINE = {
+    "lora": {"r": 3, "alpha": 6.0},
+    "lora_ffn": {"r": 3},
+    "bitfit": {},
+    "houlsby": {"r": 3, "f": "identity"},
+    "seq_ffn": {"r": 3, "f": "identity"},
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "bart"])
+@pytest.mark.parametrize("name", AFFINE)
+def test_an_affine_method_merges_into_a_plain_checkpoint(
+    name: str, family: str, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    found = merge(name, checkpoint(family), tmp_path, set=AFFINE[name])
+    assert set.union(*found.results.values()) == {"merged"}
+    assert found.difference <= 1e-10
+    assert found.changed()
+    comparisons = found.certificate["comparisons"]
+    assert comparisons and all(c["holds"] and c["absolute"] <= 1e-10 for c in comparisons)
+
+
+@pytest.mark.parametrize(("family", "name"), [("bert", "lora"), ("bart", "houlsby")])
+def test_float32_merges_are_exact_to_rounding(family: str, name: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    found = merge(name, checkpoint(family, torch.float32), tmp_path, set=AFFINE[name])
+    assert found.difference <= 1e-5
+    assert {c["dtype"] for c in found.certificate["comparisons"]} == {"float32", "float64"}
