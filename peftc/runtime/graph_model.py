@@ -164,12 +164,14 @@ class GraphModel:
         total = sum(p.numel() for p in model.parameters())
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         fail(
             "E041",
             "activation checkpointing is not offered for adapted models",
-            help="turn `gradient_checkpointing` off; the deltas themselves hold few activations",
+            help="turn `activation_checkpointing` (or `gradient_checkpointing`) off; a smaller batch needs less too",
         )
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         fail(

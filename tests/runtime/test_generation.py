@@ -1,0 +1,88 @@
+"""`generate` without a cache writes the tokens that an argmax over `forward`, written by hand, writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import peftc
+from peftc.diagnostics import PeftcError
+from runtime.tiny import moved
+
+Load = Callable[..., Any]
+NEW, PAD, END = 8, 0, 2
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest, model_dir: Load) -> Any:
+    return moved(peftc.apply("mam", model_dir(request.param), set={"l": 3, "r": 4})).eval()
+
+
+def prompts(size: int) -> dict[str, Tensor]:
+    """`size` prompts, padded at the left as generation wants them."""
+    generator = torch.Generator().manual_seed(4)
+    mask = (torch.arange(6) >= 2 * torch.arange(size)[:, None]).long()
+    ids = torch.randint(3, 99, (size, 6), generator=generator)
+    return {"input_ids": torch.where(mask.bool(), ids, PAD), "attention_mask": mask}
+
+
+def by_hand(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    ended = torch.zeros(len(input_ids), dtype=torch.bool)
+    for _ in range(NEW):
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions).logits
+        token = torch.where(ended, PAD, logits[:, -1].argmax(-1))
+        ended |= token == END
+        input_ids = torch.cat([input_ids, token[:, None]], 1)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(token)[:, None]], 1)
+        if ended.all():
+            break
+    return input_ids
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_greedy_tokens_are_those_of_an_argmax_by_hand(model: Any, size: int) -> None:
+    given = prompts(size)
+    assert torch.equal(model.generate(**given, max_new_tokens=NEW, do_sample=False), by_hand(model, **given))
+
+
+def test_prompt_without_a_mask_is_read_whole(model: Any) -> None:
+    ids = prompts(1)["input_ids"]
+    found = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found, by_hand(model, ids, torch.ones_like(ids)))
+
+
+def test_generating_runs_few_traces(model: Any) -> None:
+    before = len(model.surgery.programs)
+    model.generate(**prompts(3), max_new_tokens=NEW, do_sample=False)
+    model.generate(**prompts(2), max_new_tokens=NEW + 3, do_sample=False)
+    assert len(model.surgery.programs) <= before + 1
+
+
+def test_beams_and_samples_are_as_many_as_asked_for(model: Any) -> None:
+    found = model.generate(**prompts(2), max_new_tokens=4, num_beams=2, num_return_sequences=2, do_sample=False)
+    assert found.shape[0] == 4
+    assert model.generate(**prompts(2), max_new_tokens=4, do_sample=True).shape[0] == 2
+
+
+def test_a_generation_config_that_asks_for_a_cache_does_not_get_one(model: Any) -> None:
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=PAD, eos_token_id=END)
+    given = prompts(1)
+    assert torch.equal(model.generate(**given, generation_config=config), by_hand(model, **given))
+
+
+def test_asking_for_a_cache_is_refused(model: Any) -> None:
+    with pytest.raises(PeftcError, match=r"E041 .*keeps no cache"):
+        model.generate(**prompts(1), max_new_tokens=2, use_cache=True)
+
+
+def test_encoder_decoder_says_why_it_cannot_generate(adapted: Load) -> None:
+    with pytest.raises(PeftcError, match=r"E041 .*encoder without its deltas"):
+        adapted("bart").generate(**prompts(1), max_new_tokens=2)
