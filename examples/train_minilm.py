@@ -31,7 +31,7 @@ import peftc
 from peftc import driver
 
 RULE = Path(__file__).with_name("mam_classifier.yaml")
-LEARNING_RATES = {"frozen": 5e-3, "mam": 1e-3, "full": 2e-4}
+LEARNING_RATES = {"frozen": 5e-3, "mam": 5e-4, "full": 1e-4}
 SEED = 0
 
 
@@ -71,7 +71,6 @@ def train(model: Any, way: str, tokenizer: Any, rows: list[Example], epochs: flo
         learning_rate=LEARNING_RATES[way],
         warmup_steps=0.1,
         weight_decay=0.0,
-        train_sampling_strategy="group_by_length",
         seed=SEED,
         save_strategy="no",
         logging_strategy="no",
