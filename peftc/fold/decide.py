@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from peftc.fold.affine import Affine, Constant, Opaque, classify
-from peftc.fold.linears import Reach
+from peftc.fold.linears import Reach, short_name
 from peftc.fold.widen import Widening, find_widening
 from peftc.ir.program import Insertion, Program, is_call
 from peftc.ir.sites import Linear
@@ -129,8 +129,8 @@ def _decide_affine(reach: Reach, insertion: Insertion, kind: Affine) -> Decision
         return _decide_consumer(reach, insertion, kind)
     linear = path.linear
     if "x" in kind.streams and not _same_value(reach.input_of(insertion), linear.node.args[0]):
-        owner = linear.weight_name.rpartition(".")[0]
-        return _kept(insertion, f"its input is not that of {owner}, so it is no change of that weight")
+        reason = f"its input is not that of `{short_name(linear)}`, so it is no change of that weight"
+        return _kept(insertion, reason)
     return _merged(reach, insertion, kind, linear, "output", path.met)
 
 
@@ -153,7 +153,7 @@ def _merged(
     met: tuple[Insertion, ...],
 ) -> Decision:
     if kind.offset and linear.bias_name is None:
-        return _kept(insertion, f"it adds a bias, and {linear.weight_name.rpartition('.')[0]} has none")
+        return _kept(insertion, f"it adds a bias, and `{short_name(linear)}` has none")
     blocked = reach.shared([linear]) or (reach.shared_rows(insertion, linear) if side == "output" else "")
     if blocked:
         return _kept(insertion, blocked, linear.node)

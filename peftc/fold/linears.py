@@ -29,6 +29,11 @@ class Path:
     met: tuple[Insertion, ...]
 
 
+def short_name(linear: Linear) -> str:
+    """What its module is called in its block; the same in every layer, so that reasons can be told together."""
+    return linear.weight_name.rpartition(".")[0].rpartition(".")[2]
+
+
 class Reach:
     """Searches over one program as it stands; make a new one after the graph has changed."""
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from peftc.fold.affine import Affine, Kind, Opaque, classify
 from peftc.fold.evaluate import evaluate, selection
-from peftc.fold.linears import Reach
+from peftc.fold.linears import Reach, short_name
 from peftc.ir.program import Insertion, Program, is_call
 from peftc.ir.sites import Linear, Site
 from peftc.locate.walk import DROPOUT, NONLINEAR, POINTWISE, backward, reaches
@@ -165,7 +165,7 @@ def _missing_bias(linears: Mapping[str, Linear], cut: _Cut) -> str:
     needed = [linear for role, linear in linears.items() if role != "down"] if cut.input_offset else []
     needed += [linears["down"]] if cut.output_offset else []
     lacking = next((linear for linear in needed if linear.bias_name is None), None)
-    return f"it has a bias, and {lacking.weight_name.rpartition('.')[0]} has none" if lacking else ""
+    return f"it has a bias, and `{short_name(lacking)}` has none" if lacking else ""
 
 
 def _interleaved(reach: Reach, site: Site) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,22 @@ import transformers
 
 import peftc
 from peftc import driver
+from peftc.backends import hf
+from peftc.fold.decide import Decision
+from peftc.fold.state import FoldedState
+from peftc.frontend.trace import build_skeleton
 from peftc.lang.loader import parse_rule
+from peftc.passes.fold import Fold
+from peftc.runtime.graph_model import state_of
 from peftc.store.model_dir import ModelDir
 
 VOCABULARY = 64
 _SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-_LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 def tiny(family: str) -> Any:
-    """A random model of two layers in float64, with weights large enough to matter, and every bias off zero."""
+    """A random model of one or two layers in float64, with weights large enough to matter, and every bias off zero."""
     model = _BUILDERS[family]().double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -39,7 +46,7 @@ def _bert(cls: str = "BertModel", **extra: Any) -> Any:
 
 
 def _bart() -> Any:
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = transformers.BartConfig(
         **_SMALL, **sizes, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=20, max_position_embeddings=32,
         decoder_start_token_id=2, forced_eos_token_id=None,
@@ -48,29 +55,29 @@ def _bart() -> Any:
 
 
 def _gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**_SMALL, n_embd=16, n_layer=2, n_head=4, n_positions=32))
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**_SMALL, n_embd=16, n_layer=1, n_head=4, n_positions=32))
 
 
 def _opt() -> Any:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 24}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 24}
     config = transformers.OPTConfig(**_SMALL, **sizes, word_embed_proj_dim=16, max_position_embeddings=32)
     return transformers.OPTForCausalLM(config)
 
 
 def _bloom() -> Any:
-    return transformers.BloomForCausalLM(transformers.BloomConfig(**_SMALL, hidden_size=16, n_layer=2, n_head=4))
+    return transformers.BloomForCausalLM(transformers.BloomConfig(**_SMALL, hidden_size=16, n_layer=1, n_head=4))
 
 
 def _t5() -> Any:
     config = transformers.T5Config(
-        **{**_SMALL, "pad_token_id": 0}, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0
+        **{**_SMALL, "pad_token_id": 0}, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, decoder_start_token_id=0
     )
     return transformers.T5ForConditionalGeneration(config)
 
 
 def _distilbert() -> Any:
     config = transformers.DistilBertConfig(
-        vocab_size=VOCABULARY, pad_token_id=1, dim=16, n_layers=2, n_heads=4, hidden_dim=24, max_position_embeddings=32
+        vocab_size=VOCABULARY, pad_token_id=1, dim=16, n_layers=1, n_heads=4, hidden_dim=24, max_position_embeddings=32
     )
     return transformers.DistilBertModel(config)
 
@@ -80,9 +87,9 @@ def _llama() -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def _phi3() -> Any:
+def _phi3(**extra: Any) -> Any:
     config = transformers.Phi3Config(
-        **_SMALL, **_LLAMA, num_key_value_heads=2, max_position_embeddings=32, original_max_position_embeddings=32
+        **{**_SMALL, **_LLAMA, **extra}, num_key_value_heads=2, max_position_embeddings=32, original_max_position_embeddings=32
     )
     return transformers.Phi3ForCausalLM(config)
 
@@ -107,6 +114,7 @@ _BUILDERS = {
     "distilbert": _distilbert,
     "llama": _llama,
     "phi3": _phi3,
+    "phi3_deep": lambda: _phi3(num_hidden_layers=2),
     "albert": _albert,
 }
 
@@ -119,6 +127,7 @@ class Merged:
     adapted: Any
     out: Path
     plain: Any
+    decisions: tuple[Decision, ...] = ()
 
     @property
     def certificate(self) -> dict[str, Any]:
@@ -127,9 +136,11 @@ class Merged:
     @property
     def results(self) -> dict[str, set[str]]:
         """What became of each delta."""
+        made = [(d.insertion.delta, d.result) for d in self.decisions]
+        made = made or [(d["delta"], d["result"]) for d in self.certificate["decisions"]]
         found: dict[str, set[str]] = {}
-        for decision in self.certificate["decisions"]:
-            found.setdefault(decision["delta"].partition(".")[0], set()).add(decision["result"])
+        for delta, result in made:
+            found.setdefault(delta.partition(".")[0], set()).add(result)
         return found
 
     @property
@@ -189,6 +200,27 @@ def adapt(rule: str, base: Path, **options: Any) -> Any:
     model = peftc.apply(source, base, **options)
     fill(model)
     return model
+
+
+def fold(rule: str, base: Path, place: Path, **options: Any) -> Merged:
+    """What `merge` does to the checkpoint, on the trace that the adapted model has already; no certificate."""
+    adapted = adapt(rule, base, **options)
+    out, source = place / "merged", ModelDir.open(base)
+    out.mkdir(parents=True)
+    program = adapted.program_for(padded_inputs(adapted))
+    step = Fold()
+    step.apply(program)
+    hf.refuse_kept(step.decisions)
+    surgery = adapted.surgery
+    config = copy.deepcopy(adapted.config)
+    config.architectures = [surgery.base_class.__name__]
+    skeleton = build_skeleton(surgery.base_class, config, adapted.dtype)
+    state = FoldedState(lambda name: state_of(adapted)[name].detach(), step.updates)
+    hf.emit(
+        out, source=source, skeleton=skeleton, program=program, decisions=step.decisions, folded=state,
+        trained=surgery.plan.trained,
+    )  # fmt: skip
+    return Merged(base, adapted, out, load_plain(out), tuple(step.decisions))
 
 
 def merge(rule: str, base: Path, place: Path, export: frozenset[str] = frozenset({"hf"}), **options: Any) -> Merged:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fold.conftest import Checkpoints
-from fold.support import merge
+from fold.support import fold, merge
 
 AFFINE = {
     "lora": {"r": 3, "alpha": 6.0},
@@ -24,16 +24,26 @@ AFFINE = {
 def test_an_affine_method_merges_into_a_plain_checkpoint(
     name: str, family: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    found = merge(name, checkpoint(family), tmp_path, set=AFFINE[name])
+    found = fold(name, checkpoint(family), tmp_path, set=AFFINE[name])
     assert set.union(*found.results.values()) == {"merged"}
     assert found.difference <= 1e-10
     assert found.changed()
-    comparisons = found.certificate["comparisons"]
-    assert comparisons and all(c["holds"] and c["absolute"] <= 1e-10 for c in comparisons)
 
 
 @pytest.mark.parametrize(("family", "name"), [("bert", "lora"), ("bart", "houlsby")])
-def test_float32_merges_are_exact_to_rounding(family: str, name: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
-    found = merge(name, checkpoint(family, torch.float32), tmp_path, set=AFFINE[name])
+def test_a_merge_certifies_that_the_checkpoint_computes_the_same(
+    family: str, name: str, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    found = merge(name, checkpoint(family), tmp_path, set=AFFINE[name])
+    assert set.union(*found.results.values()) == {"merged"}
+    assert found.difference <= 1e-10
+    certificate = found.certificate
+    assert certificate["comparisons"]
+    assert all(c["holds"] and c["absolute"] <= 1e-10 for c in certificate["comparisons"])
+    assert set(certificate["delta_sha256"]) == set(found.adapted.surgery.plan.parameters)
+
+
+def test_float32_merges_are_exact_to_rounding(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    found = merge("houlsby", checkpoint("bert", torch.float32), tmp_path, set=AFFINE["houlsby"])
     assert found.difference <= 1e-5
     assert {c["dtype"] for c in found.certificate["comparisons"]} == {"float32", "float64"}
