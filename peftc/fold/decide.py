@@ -217,7 +217,7 @@ def _follows(other: Decision, linear: Linear | None) -> bool:
 def _first_staying(entries: list[Insertion], of: Callable[[Insertion], Decision]) -> tuple[str, fx.Node] | None:
     for entry in entries:
         if not of(entry).folds:
-            return f"delta `{entry.delta}` at {entry.site.describe()}, tap `{entry.tap}`, is in the way and stays", entry.after
+            return f"delta `{entry.delta}` at `{entry.tap}` is in the way and stays", entry.after
     return None
 
 

@@ -116,7 +116,7 @@ class Reach:
         queue = [(linear.node, linear.node)]
         while queue:
             node, part = queue.pop()
-            modified = node in self.program.replaced and node is not linear.node
+            modified = part is not node or (node in self.program.replaced and node is not linear.node)
             for user in self._base_users(node):
                 if is_call(user, *VIEWS, *PIECES) or is_getitem(user):
                     queue.extend([(user, part if modified else user)] if user is not tap.node else [])
