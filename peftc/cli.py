@@ -1,8 +1,12 @@
 """The command line: reads arguments, calls the driver, prints what it reports.
 
-Nothing here imports torch or transformers before a command runs, so `--help` answers at once. A mistake of the
-user (`PeftcError`) ends as diagnostics on stderr and exit code 2, a failed parity check as exit code 3, Ctrl-C as
-exit code 130; any other exception is a bug and keeps its traceback.
+Nothing here imports torch or transformers before a command runs, so `--help` answers at once. Exit codes:
+
+    0    done
+    1    a bug of peftc, with its traceback
+    2    a mistake of the user (`PeftcError`, or an unknown option), told on stderr; nothing was written
+    3    a merged or exported model does not compute what the adapted one does (E039); nothing was written
+    130  interrupted by Ctrl-C or SIGTERM; what was there before is still whole
 
     $ peftc apply mam MODEL_DIR && peftc merge --export onnx
 """
@@ -10,6 +14,7 @@ exit code 130; any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import json
+import signal
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -265,5 +270,6 @@ def _print_diagnostics(diagnostics: tuple[Diagnostic, ...]) -> None:
 
 
 def main() -> None:
-    """The entry point of the `peftc` command."""
+    """The entry point of the `peftc` command. SIGTERM ends it as Ctrl-C does: cleaned up, exit code 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="peftc")

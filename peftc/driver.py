@@ -59,12 +59,15 @@ def apply(
     from peftc.lang.loader import load_rule
     from peftc.pipeline import rewrite
     from peftc.runtime.api import base_reference, new_parameters
-    from peftc.runtime.delta_dir import write_directory
+    from peftc.runtime.delta_dir import refuse_trained, write_directory
     from peftc.runtime.init import initialize
+    from peftc.store.atomic import check_target
     from peftc.store.safetensors_io import TensorSpec, dtype_code
 
     progress = progress or NullProgress()
     resolved = load_rule(rule, sets)
+    check_target(out, replace=True)
+    refuse_trained(Path(out))
     base, skeleton, program = _program(model_dir, head, num_labels, progress)
     progress.step(f"insert {resolved.name}")
     result = rewrite(program, resolved, fresh=new_parameters(base, skeleton))

@@ -25,6 +25,7 @@ from peftc.select import nearest_miss, selected
 if TYPE_CHECKING:
     import torch
 
+_LONGEST = 2**31
 _LARGEST = 2**30
 """Delta elements allowed whatever the base's size; beyond it a delta may be four times the base."""
 
@@ -259,11 +260,13 @@ def _parameter(
 
 def _size(delta: Delta, param: Param, size: Expr, statics: dict[str, Scalar]) -> int:
     value: Any = evaluate_static(size, statics)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LONGEST:
         fail(
             "E014",
-            f"`{size.text}` of `{param.name}` in delta `{delta.name}` is {value}; a size is a whole number from 1",
+            f"`{size.text}` of `{param.name}` in delta `{delta.name}` is {value}; a size is a whole number "
+            f"from 1 to {_LONGEST}",
             span=size.span or param.span,
+            help="change the hyperparameters it comes from with --set",
         )
     return value
 

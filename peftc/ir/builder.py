@@ -7,10 +7,14 @@ wrong shape is an error at the expression that asked for it. Nodes carry the del
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from peftc.ir.program import Program
 
@@ -32,7 +36,7 @@ class Builder:
 
     def call(self, target: Any, *args: Operand, **kwargs: Operand) -> fx.Node:
         """Write `target(*args, **kwargs)`; raises what the op raises on operands it cannot take."""
-        with self._mode, torch.no_grad():
+        with _unlogged(), enable_python_dispatcher(), self._mode, torch.no_grad():
             value = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
         with self.program.graph.inserting_after(self.cursor):
             node = self.program.graph.call_function(target, args, kwargs)
@@ -55,6 +59,17 @@ class Builder:
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """`node` in `dtype`; the node itself when it has it already."""
         return node if node.meta["val"].dtype == dtype else self.call(aten.to.dtype, node, dtype)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch prints a traceback for operands that do not fit, before it raises; peftc tells it at the expression."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _value(node: fx.Node) -> Any:

@@ -61,6 +61,7 @@ def load(directory: str | Path, base: str | Path | None = None, dtype: torch.dty
     """
     delta = DeltaDir.open(directory)
     source = ModelDir.open(delta.base_dir(base))
+    source.refuse_adapted()
     source.require_weights()
     check_fingerprint(delta, source)
     reference = delta.manifest["base"]
@@ -70,7 +71,7 @@ def load(directory: str | Path, base: str | Path | None = None, dtype: torch.dty
     plan, values = surgery.plan, delta.tensors()
     check_names(
         delta.path,
-        {name: info.shape for name, info in delta.header.tensors.items()},
+        delta.header.tensors,
         {name: parameter.shape for name, parameter in plan.parameters.items()},
         {name: tuple(model.get_parameter(name).shape) for name in plan.trained},
     )
@@ -136,11 +137,14 @@ def check_fingerprint(delta: DeltaDir, base: ModelDir) -> None:
     """Refuse a base other than the one the delta was made on. Raises `PeftcError` E035."""
     from peftc.store.fingerprint import Fingerprint
 
-    recorded = Fingerprint.from_json(delta.manifest["base"]["parts"])
+    parts = delta.manifest["base"]["parts"]
+    if not isinstance(parts.get("config"), str):
+        fail("E034", f"{delta.path} does not say which base it was made on", help="apply the rule again")
+    recorded = Fingerprint.from_json(parts)
     differences = recorded.differences(base.fingerprint_parts())
     if differences:
         fail(
             "E035",
-            f"{base.path} is not the base that {delta.path} was made on: {', '.join(differences)} differ",
+            f"{base.path} is not the base that {delta.path} was made on: they differ in {' and '.join(differences)}",
             help="give the right base with --base, or apply the rule to this one",
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftc.diagnostics import fail
 from peftc.store.atomic import atomic_directory
-from peftc.store.safetensors_io import Header, TensorSpec, read_header, read_tensor, write
+from peftc.store.safetensors_io import Header, TensorInfo, TensorSpec, read_header, read_tensor, write
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from peftc.plan import Plan
 
 FORMAT = 1
+_FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 MANIFEST, RULE, TENSORS = "peftc.json", "rule.yaml", "delta.safetensors"
+
+_BASE_KEYS: dict[str, Any] = {
+    "path": str, "parts": dict, "head": (str, type(None)), "num_labels": (int, type(None)), "seed": int,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,10 @@ class DeltaDir:
         rule_file = path / RULE
         if not rule_file.is_file():
             fail("E034", f"{path} holds no {RULE}", help="the directory is not whole; apply the rule again")
-        rule = parse_rule(rule_file.read_text(encoding="utf-8"), str(rule_file))
+        try:
+            rule = parse_rule(rule_file.read_text(encoding="utf-8"), str(rule_file))
+        except (OSError, UnicodeDecodeError) as error:
+            fail("E034", f"{rule_file} cannot be read: {error}", help="apply the rule again")
         return DeltaDir(path, manifest, rule, read_header(path / TENSORS))
 
     def read(self, name: str) -> torch.Tensor:
@@ -80,25 +88,42 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         fail("E034", f"{file} cannot be read: {error}", help="apply the rule again")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "base" not in manifest:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         fail("E034", f"{file} is of another format than {FORMAT}", help="use the peftc that wrote it")
+    base = manifest.get("base")
+    for key, kinds in _BASE_KEYS.items():
+        if not isinstance(base, dict) or not isinstance(base.get(key), kinds):
+            fail("E034", f"{file}: `base.{key}` is missing or of the wrong type", help="apply the rule again")
     return manifest
+
+
+def refuse_trained(target: Path) -> None:
+    """Refuse to lose training: `target` holds what `save_pretrained` wrote. Raises `PeftcError` E036."""
+    if (target / MANIFEST).is_file() and _read_manifest(target / MANIFEST).get("saved"):
+        message = f"{target} holds deltas that were saved from a model, and applying again would lose them"
+        fail("E036", message, help="give another place with -o, or remove it yourself")
 
 
 def check_names(
     path: Path,
-    stored: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, TensorInfo],
     deltas: Mapping[str, tuple[int, ...]],
     trained: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Every delta is stored with its shape, and nothing else is but base tensors the rule trains (those are there
-    once they have been trained). Raises `PeftcError` E040.
+    """Every delta is stored as floats of its shape, and nothing else is but base tensors the rule trains (those are
+    there once they have been trained). Raises `PeftcError` E040.
     """
     wanted = {**deltas, **trained}
     missing = [name for name in deltas if name not in stored]
     extra = [name for name in stored if name not in wanted]
-    wrong = [name for name in wanted if name in stored and tuple(stored[name]) != tuple(wanted[name])]
-    problems = (("is missing", missing), ("belongs to no delta of the rule", extra), ("has another shape", wrong))
+    found = {name: stored[name] for name in wanted if name in stored}
+    wrong = [name for name, info in found.items() if info.shape != tuple(wanted[name])]
+    whole = [name for name, info in found.items() if info.dtype not in _FLOATS]
+    problems = [("is missing", missing), ("belongs to no delta of the rule", extra)]
+    if wrong:
+        shapes = f"is {list(found[wrong[0]].shape)}, and the rule says {list(wanted[wrong[0]])}"
+        problems.append((shapes, wrong))
+    problems += [(f"is {found[name].dtype}, not a float", whole) for name in whole[:1]]
     for what, names in problems:
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -133,14 +158,19 @@ def write_files(
     entries: list[TensorSpec],
     produce: Callable[[str], torch.Tensor],
     support: Callable[[Path], None],
+    saved: bool = False,
     progress: Any = None,
 ) -> None:
-    """Write the files of a delta directory into `fresh`, which will be, or go into, `target`."""
+    """Write the files of a delta directory into `fresh`, which will be, or go into, `target`.
+
+    `saved` marks what comes from a model, and may be trained.
+    """
     support(fresh)
     (fresh / RULE).write_text(plan.rule.text, encoding="utf-8")
     write(fresh / TENSORS, entries, produce, metadata={"format": "pt"}, progress=progress)
     relative = os.path.relpath(base["path"], target.resolve())
-    manifest = {"format": FORMAT, "base": {**base, "relative": relative}, **plan_summary(plan)}
+    origin = {**base, "relative": relative}
+    manifest = {"format": FORMAT, "base": origin, "saved": saved, **plan_summary(plan)}
     (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

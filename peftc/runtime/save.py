@@ -54,6 +54,7 @@ def save_model(model: Any, target: Path, state: Mapping[str, torch.Tensor] | Non
             entries=entries,
             produce=values.__getitem__,
             support=support,
+            saved=True,
         )
 
     if not target.exists():

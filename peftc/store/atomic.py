@@ -74,6 +74,13 @@ def atomic_directory(target: str | Path, *, replace: bool) -> Iterator[Path]:
             raise
 
 
+def check_target(target: str | Path, *, replace: bool) -> None:
+    """Refuse now what `atomic_directory` would refuse later. Raises `PeftcError` E036."""
+    place = Path(target)
+    with _as_diagnostic(place):
+        _check_target(place, place.resolve(), replace=replace)
+
+
 @contextlib.contextmanager
 def atomic_files(target: str | Path, *, last: str) -> Iterator[Path]:
     """Yield a fresh directory inside `target`, whose files replace those of their names when the block ends well.
