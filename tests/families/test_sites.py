@@ -7,7 +7,8 @@ from collections.abc import Callable
 from families.conftest import Subject
 from families.family import HEADS, HIDDEN, LAYERS, layer_of
 from peftc.ir.program import Program
-from peftc.ir.sites import SITE_TAPS, Site
+from peftc.ir.sites import Site
+from peftc.lang.sites import SITES
 
 Located = Callable[[], Program]
 
@@ -31,7 +32,7 @@ def test_every_ffn_sub_layer_is_one_site(subject: Subject, located: Located) -> 
 def test_every_layer_is_one_block(subject: Subject, located: Located) -> None:
     blocks = of_kind(located(), "block")
     assert len(blocks) == (2 if subject.family.seq2seq else 1) * LAYERS
-    assert all(set(SITE_TAPS["block"]) == set(block.taps) for block in blocks)
+    assert all(set(SITES["block"]) == set(block.taps) for block in blocks)
 
 
 def test_a_site_knows_its_layer_and_stack(subject: Subject, located: Located) -> None:
@@ -79,5 +80,5 @@ def test_every_linear_site_carries_the_role_of_its_sub_layer(subject: Subject, l
 def test_every_tap_of_the_table_is_there(subject: Subject, located: Located) -> None:
     for kind in ("attention", "ffn"):
         for site in of_kind(located(), kind):
-            assert set(site.taps) | set(site.missing) == set(SITE_TAPS[kind]), site.path
+            assert set(site.taps) | set(site.missing) == set(SITES[kind]), site.path
             assert set(site.missing) <= {"gate"}, site.missing
