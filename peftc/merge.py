@@ -30,7 +30,7 @@ from peftc.reports import MergeReport
 from peftc.runtime.api import load, new_parameters
 from peftc.runtime.delta_dir import DeltaDir
 from peftc.runtime.graph_model import state_of
-from peftc.store.atomic import atomic_directory
+from peftc.store.atomic import atomic_directory, check_target
 from peftc.store.model_dir import ModelDir
 
 if TYPE_CHECKING:
@@ -86,10 +86,11 @@ def merge(directory: Path, out: Path, *, export: set[str], base: str | Path | No
     for place, what in ((directory, "the delta directory"), (source.path, "the base model")):
         if out.resolve() == place.resolve():
             fail("E036", f"{out} is {what} itself", help="choose another directory with -o")
+    check_target(out, replace=True)
     model: Any = load(directory, base)
     skeleton = build_skeleton(model.surgery.base_class, _plain_config(model), model.dtype)
     work = _Work(delta, source, model, skeleton, progress)
-    work.read = {name: _sha256(delta.read(name)) for name in delta.header.tensors}
+    work.read = {name: _sha256(_finite(delta, name)) for name in delta.header.tensors}
     progress.step("fold")
     program, fold = work.fold(default_inputs(skeleton.model))
     if "hf" in export:
@@ -232,6 +233,15 @@ def _quiet() -> Any:
     from peftc.frontend.trace import quiet
 
     return quiet()
+
+
+def _finite(delta: DeltaDir, name: str) -> torch.Tensor:
+    """A delta tensor, read. Raises `PeftcError` E042 when it holds NaN or infinity."""
+    tensor = delta.read(name)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        message = f"{delta.header.path}: {name} holds NaN or infinity"
+        fail("E042", message, help="the training that saved it diverged; nothing was written")
+    return tensor
 
 
 def _sha256(tensor: torch.Tensor) -> str:

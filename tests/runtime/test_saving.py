@@ -194,6 +194,14 @@ def test_applying_leaves_the_random_state_alone(model_dir: Load) -> None:
     assert torch.equal(torch.rand(3), wanted)
 
 
+def test_merged_config_is_the_bases(model_dir: Load, tmp_path: Path) -> None:
+    driver.apply("lora", model_dir("llama"), tmp_path / "out")
+    driver.merge(tmp_path / "out", tmp_path / "merged")
+    for name in ("config.json", "generation_config.json"):
+        wanted, found = (json.loads((place / name).read_text()) for place in (model_dir("llama"), tmp_path / "merged"))
+        assert found == wanted
+
+
 def test_state_dict_survives_torch_save(trained: Any, tmp_path: Path) -> None:
     torch.save(trained.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
