@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
+# One worker a core, one thread a worker: tiny models gain nothing from threads.
+PARALLEL ?= -n auto --dist loadfile
+
 # Nothing is fetched from a model hub, by the tests or by the demo.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -42,10 +45,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not bench"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not bench"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not bench"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not bench"
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m bench -s
