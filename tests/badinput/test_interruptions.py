@@ -117,6 +117,7 @@ def interrupted(arguments: list[object], number: signal.Signals) -> tuple[int, s
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.slow
 def test_signals_in_the_midst_of_writing_leave_the_old_directory(tiny: Path, lora: Path, place: Path) -> None:
     assert run("apply", "bitfit", tiny, "-o", "out", "-q").code == 0
     before = snapshot(place)

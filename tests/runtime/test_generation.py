@@ -17,7 +17,7 @@ Load = Callable[..., Any]
 NEW, PAD, END = 8, 0, 2
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, model_dir: Load) -> Any:
     return moved(peftc.apply("mam", model_dir(request.param), set={"l": 3, "r": 4})).eval()
 

@@ -94,7 +94,7 @@ def test_tied_embeddings_stay_tied(model_dir: Load) -> None:
     assert copy.deepcopy(model).lm_head.weight is not model.lm_head.weight
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_bfloat16_autocast_trains(model_dir: Load, name: str) -> None:
     model = peftc.apply("mam", model_dir(name), set=MAM)
     labels = torch.tensor([0, 1, 2]) if name == "bert" else batch()["input_ids"]

@@ -16,7 +16,7 @@ from runtime.tiny import batch
 
 Load = Callable[..., Any]
 MAM = {"l": 3, "r": 4}
-KINDS = ["bert", "llama", "bart"]
+KINDS = ["bert", "llama", pytest.param("bart", marks=pytest.mark.slow)]
 
 
 def rows(count: int, kind: str) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def test_trainer_trains_evaluates_predicts_and_saves(model_dir: Load, tmp_path: 
     assert len(model.surgery.programs) <= 4, "batches of any size run the same traces"
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_losses_of_a_run_are_those_of_the_plain_model(model_dir: Load, plain: Load, tmp_path: Path, kind: str) -> None:
     """With a learning rate of 0 the Trainer logs the base's losses, up to dropout: it counts and accumulates alike."""
     losses = []
@@ -102,6 +102,7 @@ def test_losses_of_a_run_are_those_of_the_plain_model(model_dir: Load, plain: Lo
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if kind == "llama" else 0.05)
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_where_the_whole_run_ends(model_dir: Load, tmp_path: Path) -> None:
     ends = []
     for out, steps, resume in (("whole", 4, None), ("halves", 2, None), ("halves", 4, "checkpoint-2")):
