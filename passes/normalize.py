@@ -3,6 +3,8 @@
 - metadata assertions of the tracer are dropped;
 - view -> addmm -> view (a linear layer with its weight stored [in, out], GPT-2's Conv1D) becomes
   `linear(x, transpose(W))`: the transpose records the layout;
+- an op that writes into a value of the graph (`add_`) becomes the one that makes a new value, where nothing else
+  shares the memory;
 - what nothing uses any more is removed.
 
 The graph computes the same values before and after.
@@ -17,7 +19,8 @@ import torch
 from torch import fx
 
 from peftc.ir.builder import Builder
-from peftc.ir.program import Program, is_call, shape_of
+from peftc.ir.program import Program, is_call, is_getitem, shape_of
+from peftc.locate.walk import PIECES, VIEWS
 
 aten = torch.ops.aten
 
@@ -36,6 +39,8 @@ class Normalize:
         for node in list(graph.nodes):
             if is_call(node, aten.addmm.default):
                 _addmm_to_linear(program, node)
+            elif node.op == "call_function":
+                _in_place_to_new(node)
         graph.eliminate_dead_code()
 
 
@@ -64,3 +69,35 @@ def _addmm_to_linear(program: Program, node: fx.Node) -> None:
     unflatten.replace_all_uses_with(linear)
     for dead in (unflatten, node):
         program.graph.erase_node(dead)
+
+
+def _in_place_to_new(node: fx.Node) -> None:
+    """`add_(a, b)` to `add(a, b)`, which every later reader of `a` then reads."""
+    written = node.args[0] if node.args else None
+    functional = _functional(node.target)
+    if functional is None or not isinstance(written, fx.Node) or _shares_memory(written, node):
+        return
+    node.target = functional
+    written.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
+
+
+def _functional(target: object) -> torch._ops.OpOverload | None:
+    """The op that makes a new value, for one that ends in an underscore."""
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    name = target.overloadpacket.__name__
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
+    return getattr(packet, target._overloadname, None)
+
+
+def _shares_memory(written: fx.Node, writer: fx.Node) -> bool:
+    """Whether the value is, or may be, a view of one that is read elsewhere, or a view of it is read later."""
+    root = written
+    while is_call(root, *VIEWS, *PIECES) or is_getitem(root):
+        (root,) = root.all_input_nodes[:1]
+        if len(root.users) > 1:
+            return True
+    if root.op == "placeholder":
+        return True
+    views = [user for user in written.users if is_call(user, *VIEWS, *PIECES) and user < writer]
+    return any(reader > writer for view in views for reader in view.users)

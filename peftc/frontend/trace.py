@@ -59,7 +59,7 @@ def build_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: 
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with _default_dtype(dtype), init_empty_weights(include_buffers=False):
         model = cls(config)
-        model.tie_weights()
+    model.tie_weights()  # under init_empty_weights every name would get a parameter of its own
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     model.to("meta")
     return Skeleton(model.train(), buffers)
@@ -113,7 +113,9 @@ def forward_arguments(cls: type) -> tuple[str, ...]:
 def sample(spec: InputSpec, device: str = "meta") -> torch.Tensor:
     """A tensor of the sizes the trace is made with."""
     sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "target": _TARGET}
-    return torch.ones([sizes.get(s, s) if isinstance(s, str) else s for s in spec.sizes], dtype=spec.dtype, device=device)
+    return torch.ones(
+        [sizes.get(s, s) if isinstance(s, str) else s for s in spec.sizes], dtype=spec.dtype, device=device
+    )
 
 
 _UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
@@ -122,12 +124,12 @@ _UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, I
 
 def _read(node: fx.Node) -> bool:
     """Whether anything but a chain of in-place detaches reads the node."""
-    return any(user.op == "output" or not is_call(user, torch.ops.aten.detach_.default) or user.users for user in node.users)
+    return any(
+        user.op == "output" or not is_call(user, torch.ops.aten.detach_.default) or user.users for user in node.users
+    )
 
 
-def trace(
-    skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[str, Any] | None = None
-) -> Program:
+def trace(skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[str, Any] | None = None) -> Program:
     """Trace the skeleton for these inputs into a `Program`.
 
     `flags` are the non-tensor keyword arguments (`output_hidden_states`, ...). A `labels` input gives a graph whose
@@ -143,7 +145,7 @@ def trace(
     settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
     with quiet(), _called_with(model, {"use_cache": False, **(flags or {})}):
         try:
-            exported = DynamoExporter().export(model, tensors, config=settings).program
+            exported = DynamoExporter().export(model, tensors, config=settings)
         except _UNTRACEABLE as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             fail(
@@ -151,7 +153,7 @@ def trace(
                 f"torch.export cannot trace {type(model).__name__} for the inputs {', '.join(inputs)}: {reason[0]}",
                 help="try another head (--head) or other inputs; the model class itself must be traceable",
             )
-    program = Program.from_exported(exported)
+    program = Program.from_exported(getattr(exported, "program", exported))  # transformers 5.20 returns it bare
     used = {binding.name for node, binding in program.bindings.items() if binding.kind == "constant" and _read(node)}
     lost = [name for name in used if program.constants[name].device.type == "meta"]
     if lost:

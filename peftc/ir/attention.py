@@ -126,9 +126,7 @@ class FusedRegion:
             mask = builder.call(aten.expand.default, mask, [-1] * (value.dim() - 1) + [base])
         extra = total - base if isinstance(total, int) and isinstance(base, int) else _difference(builder, total, base)
         sizes = [builder.size(mask, axis) for axis in range(value.dim() - 1)] + [extra]
-        full = builder.call(
-            aten.full.default, sizes, value.dtype == torch.bool, dtype=value.dtype, device=value.device
-        )
+        full = builder.call(aten.full.default, sizes, value.dtype == torch.bool, dtype=value.dtype, device=value.device)
         return builder.call(aten.cat.default, [full, mask], -1)
 
     def log_partition(self, builder: Builder) -> fx.Node:
@@ -155,6 +153,10 @@ class FusedRegion:
         return _softmax_over(builder, query, rows[0], rows[1], self._scale)
 
 
+Step = tuple[Any, tuple[Any, ...]]
+"""A pointwise op with the arguments that follow the value: (aten.mul.Tensor, (0.125,))."""
+
+
 def _node(argument: object) -> fx.Node:
     assert isinstance(argument, fx.Node)
     return argument
@@ -168,8 +170,8 @@ def _difference(builder: Builder, total: Any, base: Any) -> Any:
 class EagerRegion:
     """scores -> softmax -> (dropout) -> product with the values, spelled out.
 
-    The operands of the two products are 3-D [B * heads, ..] or 4-D [B, heads, ..]; `scale` is what the first
-    product is multiplied with. `heads_out` is the 4-D value [B, heads, S, head_dim].
+    The operands of the two products are 3-D [B * heads, ..] or 4-D [B, heads, ..]; `heads_out` is the 4-D value
+    [B, heads, S, head_dim].
     """
 
     anchor: fx.Node
@@ -178,7 +180,8 @@ class EagerRegion:
     """The product q kᵀ."""
     product: fx.Node
     """The product of the weights with the values."""
-    scale: float
+    steps: tuple[Step, ...]
+    """What is done to the scores of a row whatever its place: the scale, a soft cap. A prefix's rows undergo it too."""
     heads_out: fx.Node
 
     @property
@@ -216,7 +219,9 @@ class EagerRegion:
         query = self._split(builder, self.queries)
         rows = builder.cast(_rows(builder, keys, self.head_count), query.meta["val"].dtype)
         scores = builder.call(aten.matmul.default, query, builder.call(aten.transpose.int, rows, -2, -1))
-        return builder.call(aten.mul.Tensor, scores, self.scale)
+        for target, arguments in self.steps:
+            scores = builder.call(target, scores, *arguments)
+        return scores
 
     def _base_scores(self) -> fx.Node:
         scores = self.anchor.args[0]

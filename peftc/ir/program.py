@@ -208,7 +208,10 @@ class Program:
 
     def propagate(self) -> None:
         """Recompute every fake value from the placeholders on."""
-        with self.fake_mode, torch.no_grad():
+        from torch._dispatch.python import enable_python_dispatcher
+
+        # some ops (baddbmm) know symbolic sizes in their Python kernels alone
+        with enable_python_dispatcher(), self.fake_mode, torch.no_grad():
             for node in self.graph.nodes:
                 if node.op == "call_function":
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
@@ -223,6 +226,7 @@ class Program:
         persistent = dict.fromkeys(self.exported.graph_signature.buffers, True)
         persistent.update(dict.fromkeys(self.exported.graph_signature.non_persistent_buffers, False))
         for node, binding in self.bindings.items():
+            node.meta["val"] = node.meta["val"].detach()  # a mask that needs a gradient rules out fused attention
             target = None if binding.kind == "input" else binding.name
             flag = persistent.get(binding.name, True) if binding.kind == "buffer" else None
             specs.append(InputSpec(kinds[binding.kind], TensorArgument(node.name), target, flag))

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import fx
 
-from peftc.ir.attention import EagerRegion, FusedRegion, Region
+from peftc.ir.attention import EagerRegion, FusedRegion, Region, Step
 from peftc.ir.program import Program, is_call, module_path, shape_of
-from peftc.ir.sites import Layout, Linear, Site, Tap, as_linear
+from peftc.ir.sites import Layout, Linear, Site, Tap
 from peftc.locate.walk import DROPOUT, NORMS, POINTWISE, VIEWS, backward, common_path, inputs_of, reaches, skip_back
 
 aten = torch.ops.aten
@@ -64,18 +64,21 @@ def _forward_to(node: fx.Node, targets: tuple[object, ...], through: tuple[objec
     return None
 
 
-def _score_product(softmax: fx.Node) -> tuple[fx.Node, float] | None:
-    """The product q kᵀ that makes the scores, with the constant it is multiplied by on the way."""
-    node, scale = softmax.args[0], 1.0
+def _score_product(softmax: fx.Node) -> tuple[fx.Node, tuple[Step, ...]] | None:
+    """The product q kᵀ that makes the scores, with what else is done to them one by one on the way (see `Step`)."""
+    node, steps = softmax.args[0], []
     for _ in range(32):
         if not isinstance(node, fx.Node):
             return None
         if is_call(node, *_PRODUCTS):
-            return node, scale
+            return node, tuple(reversed(steps))
         if is_call(node, aten.baddbmm.default):
-            return node, scale * float(node.kwargs.get("alpha", 1.0))  # pyright: ignore[reportArgumentType]
+            steps.append((aten.mul.Tensor, (node.kwargs.get("alpha", 1.0),)))
+            return node, tuple(reversed(steps))
         if is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-            scale = scale * node.args[1] if is_call(node, aten.mul.Tensor) else scale / node.args[1]
+            steps.append((node.target, node.args[1:]))
+        elif is_call(node, aten.tanh.default):
+            steps.append((node.target, ()))
         elif is_call(node, aten.add.Tensor, aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self):
             node = _operand_with_product(node)
             continue
@@ -242,7 +245,7 @@ def _is_causal(region: Region, linears: dict[fx.Node, Linear]) -> bool:
     """Whether positions are compared with positions on the way to the mask."""
     anchor = region.anchor
     if is_call(anchor, aten.scaled_dot_product_attention.default):
-        if len(anchor.args) > 5 and anchor.args[5] or anchor.kwargs.get("is_causal"):
+        if (len(anchor.args) > 5 and anchor.args[5]) or anchor.kwargs.get("is_causal"):
             return True
         mask = anchor.args[3] if len(anchor.args) > 3 else anchor.kwargs.get("attn_mask")
         start = [mask] if isinstance(mask, fx.Node) else []

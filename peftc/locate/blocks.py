@@ -12,7 +12,7 @@ import re
 import torch
 from torch import fx
 
-from peftc.ir.program import Program, is_call, module_path, shape_of
+from peftc.ir.program import Program, is_call, module_path, result_nodes, shape_of
 from peftc.ir.sites import Site, Tap
 from peftc.locate.walk import DROPOUT, NORMS, VIEWS, backward
 
@@ -115,8 +115,7 @@ def model_site(program: Program) -> Site:
         taps["embeddings"] = Tap("embeddings", table)
     else:
         missing["embeddings"] = "this model does not embed `input_ids`"
-    outputs = [n for n in program.output_node.args[0] if isinstance(n, fx.Node)]  # pyright: ignore
-    scores = [node for node in outputs if node.meta["val"].dim() > 0]
+    scores = [node for node in result_nodes(program.graph) if node.meta["val"].dim() > 0]
     if scores:
         taps["logits"] = Tap("logits", scores[0])
     dims: dict[str, int | bool] = {} if table is None else {"d_model": int(shape_of(table)[-1])}

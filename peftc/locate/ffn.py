@@ -48,7 +48,7 @@ def _site(program: Program, down: Linear, linears: dict[fx.Node, Linear], taken:
         return None
     if len({skip_back(linears[root].x) for root in roots}) != 1:
         return None
-    residual = _residual(program, down.node)
+    residual = _residual(down.node)
     if residual is None:
         return None
     named = _sources(roots, inner, down.x)
@@ -108,7 +108,9 @@ def _activated_alone(stream: fx.Node, streams: list[fx.Node], inner: set[fx.Node
     return any(is_call(node, *NONLINEAR) for node in mine - shared)
 
 
-def _named_linears(named: dict[str, fx.Node], roots: list[fx.Node], linears: dict[fx.Node, Linear]) -> dict[str, Linear]:
+def _named_linears(
+    named: dict[str, fx.Node], roots: list[fx.Node], linears: dict[fx.Node, Linear]
+) -> dict[str, Linear]:
     if "gate" not in named:
         return {"up": linears[roots[0]]}
     if len(roots) == 1:
@@ -116,7 +118,14 @@ def _named_linears(named: dict[str, fx.Node], roots: list[fx.Node], linears: dic
     return {name: linears[node] for name, node in named.items()}
 
 
-def _residual(program: Program, node: fx.Node) -> fx.Node | None:
+_TO_RESIDUAL = (
+    *VIEWS, *DROPOUT, *NORMS, aten.mul.Tensor, aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default,
+    aten.add.Tensor, aten.add.Scalar, aten.index.Tensor,
+)  # fmt: skip
+"""What an FFN's result may pass on its way to the residual: dropout, a norm (spelled out or not), a scale, a gather."""
+
+
+def _residual(node: fx.Node) -> fx.Node | None:
     """The stream that the FFN's result is added to, or None when it joins no residual."""
     width = shape_of(node)[-1]
     queue, seen = [node], set()
@@ -126,12 +135,12 @@ def _residual(program: Program, node: fx.Node) -> fx.Node | None:
             continue
         seen.add(current)
         for user in current.users:
-            if is_call(user, aten.add.Tensor, aten.add_.Tensor):
+            if is_call(user, aten.add.Tensor):
                 other = [n for n in inputs_of(user) if n is not current]
                 if len(other) == 1 and other[0].op != "placeholder" and shape_of(other[0])[-1:] == (width,):
                     return skip_back(other[0], aten.to.dtype)
-            passes = (*VIEWS, *DROPOUT, *NORMS, aten.mul.Tensor, aten.pow.Tensor_Scalar, aten.mean.dim)
-            if is_call(user, *passes, aten.rsqrt.default, aten.add.Tensor, aten.add.Scalar, aten.index.Tensor):
-                if not is_call(user, aten.add.Tensor) or len(inputs_of(user)) == 1:
-                    queue.append(user)
+                if len(other) > 0:
+                    continue  # a sum with something else than a stream; one with a number is passed on
+            if is_call(user, *_TO_RESIDUAL):
+                queue.append(user)
     return None

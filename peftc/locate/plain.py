@@ -9,7 +9,7 @@ from torch import fx
 
 from peftc.ir.program import Program, is_call, module_path, shape_of
 from peftc.ir.sites import Linear, Site, Tap
-from peftc.locate.walk import NORMS, backward, inputs_of, skip_back
+from peftc.locate.walk import NORMS, backward, first_input, inputs_of, skip_back
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def _consumer(linear: Linear) -> fx.Node:
     """The node that reads the weight placeholder: the linear itself, or the transpose in front of it."""
     operand, consumer = linear.weight_operand, linear.node
     while operand is not linear.weight:
-        consumer, operand = operand, operand.args[0]  # pyright: ignore[reportAssignmentType]
+        consumer, operand = operand, first_input(operand)
     return consumer
 
 
@@ -74,7 +74,10 @@ def _parameter_site(
         taps["bias"] = Tap("bias", offset, user=node)
     elif bias is not None:
         missing["bias"] = f"this {kind} layer has no bias"
-    dims: dict[str, int | bool] = {"has_bias": "bias" in taps, "d_out": int(shape_of(table)[-1 if kind != "conv" else 0])}
+    dims: dict[str, int | bool] = {
+        "has_bias": "bias" in taps,
+        "d_out": int(shape_of(table)[-1 if kind != "conv" else 0]),
+    }
     yield Site(kind, module_path(node), taps, dims, missing=missing)
 
 
