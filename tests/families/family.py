@@ -60,7 +60,9 @@ class Family:
     def roles_of(self, path: str) -> dict[str, str]:
         return {**self.roles, **(self.cross_roles if self.is_cross(path) else {})}
 
-    def inputs(self, *, padded: bool = True, lengths: tuple[int, ...] = (11, 7, 3), target: int = 6) -> dict[str, Tensor]:
+    def inputs(
+        self, *, padded: bool = True, lengths: tuple[int, ...] = (11, 7, 3), target: int = 6
+    ) -> dict[str, Tensor]:
         """A batch with one row for each of `lengths`, padded on the right to the first."""
         generator = torch.Generator().manual_seed(2)
         if "image_size" in self.config:
@@ -232,4 +234,28 @@ FAMILIES = (
         {"up": "fc1", "down": "fc2"},
     ),
 )  # fmt: skip
-BY_NAME = {family.name: family for family in FAMILIES}
+
+MORE = (
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        {**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "attn_logit_softcapping": 0.5},
+        ("Gemma2Attention",),
+        ("Gemma2MLP",),
+        _LLAMA,
+        _GATED,
+        decoder=True,
+        kv_heads=2,
+    ),
+    Family(
+        "mpnet",
+        "MPNetForSequenceClassification",
+        _TEXT,
+        ("MPNetSelfAttention",),
+        ("MPNetLayer",),
+        {"q": "q", "k": "k", "v": "v", "o": "o"},
+        _BERT_FFN,
+    ),
+)
+"""Families whose attention is odd and always spelled out: a soft cap on the scores, a bias added in place."""
+BY_NAME = {family.name: family for family in (*FAMILIES, *MORE)}

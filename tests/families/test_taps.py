@@ -22,7 +22,10 @@ def test_taps_hold_what_the_modules_compute(subject: Subject) -> None:
     program, inputs = trace(subject), subject.family.inputs()
     found = tap_values(program, subject.model, inputs)
     seen = module_values(subject.model, inputs)
-    expected = {**attention_values(subject.family, subject.model, seen), **ffn_values(subject.family, subject.model, seen)}
+    expected = {
+        **attention_values(subject.family, subject.model, seen),
+        **ffn_values(subject.family, subject.model, seen),
+    }
     assert set(expected) <= set(found)
     for key, value in expected.items():
         assert found[key].shape == value.shape, key
@@ -48,7 +51,7 @@ def tap_values(program: Program, model: nn.Module, inputs: dict[str, Tensor]) ->
                 wanted[site.path, name] = tap.read(program, Builder(program, tap.node, label="test"))
     output = program.output_node
     outputs = list(output.args[0])  # pyright: ignore[reportArgumentType]
-    output.args = (tuple([*outputs, *wanted.values()]),)
+    output.args = ((*outputs, *wanted.values()),)
     with torch.no_grad():
         executor = Executor(program, training=False, device=torch.device("cpu"))
         values = executor.flat(state_of(model), inputs)
@@ -60,7 +63,7 @@ def module_values(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tupl
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+        def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 seen[name] = (args[0], output)
 
@@ -83,7 +86,7 @@ def attention_values(family: Family, model: nn.Module, seen: dict[str, tuple[Ten
         values[path, "concat"] = concat
         values[path, "heads"] = concat.unflatten(-1, (HEADS, family.head_dim)).transpose(1, 2)
         if "qkv" in roles:
-            x, fused = seen[roles["qkv"]]
+            x = seen[roles["qkv"]][0]
             parts, ctx = fused_parts(family, model.get_submodule(roles["qkv"]), x), x
         else:
             x, ctx = seen[roles["q"]][0], seen[roles["v"]][0]

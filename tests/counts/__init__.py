@@ -1,0 +1,1 @@
+"""Parameter counts of the paper, on shapes alone."""

@@ -1,0 +1,1 @@
+"""Prefix tuning in both lowerings, under every kind of mask."""
