@@ -56,12 +56,12 @@ def build_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: 
     """Build `cls(config)` with no memory for its parameters, in `dtype` (default: the config's)."""
     from accelerate import init_empty_weights
 
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+    chosen: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with _default_dtype(chosen), init_empty_weights(include_buffers=False):
         model = cls(config)
     model.tie_weights()  # under init_empty_weights every name would get a parameter of its own
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    model.to("meta")
+    torch.nn.Module.to(model, "meta")
     return Skeleton(model.train(), buffers)
 
 
@@ -112,10 +112,9 @@ def forward_arguments(cls: type) -> tuple[str, ...]:
 
 def sample(spec: InputSpec, device: str = "meta") -> torch.Tensor:
     """A tensor of the sizes the trace is made with."""
-    sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "target": _TARGET}
-    return torch.ones(
-        [sizes.get(s, s) if isinstance(s, str) else s for s in spec.sizes], dtype=spec.dtype, device=device
-    )
+    named = {"batch": _BATCH, "sequence": _SEQUENCE, "target": _TARGET}
+    sizes: list[int] = [named[size] if isinstance(size, str) else size for size in spec.sizes]
+    return torch.ones(sizes, dtype=spec.dtype, device=device)
 
 
 _UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
@@ -135,7 +134,8 @@ def trace(skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[st
     `flags` are the non-tensor keyword arguments (`output_hidden_states`, ...). A `labels` input gives a graph whose
     first output is the loss. Raises `PeftcError` E038 when torch.export cannot trace the model.
     """
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
 
     model = skeleton.model
     renamed = {LABELS if name == "labels" else name: spec for name, spec in inputs.items()}
@@ -145,7 +145,7 @@ def trace(skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[st
     settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
     with quiet(), _called_with(model, {"use_cache": False, **(flags or {})}):
         try:
-            exported = DynamoExporter().export(model, tensors, config=settings)
+            exported: Any = DynamoExporter().export(model, tensors, config=settings)
         except _UNTRACEABLE as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             fail(
