@@ -140,8 +140,9 @@ def _is_row(argument: object) -> bool:
 
 
 def _width(argument: object) -> object:
-    shape = argument.meta["val"].shape if isinstance(argument, fx.Node) else ()
-    return shape[-1] if len(shape) else 1
+    if not isinstance(argument, fx.Node) or argument.meta["val"].dim() == 0:
+        return 1
+    return argument.meta["val"].shape[-1]
 
 
 def _sum(node: fx.Node, kinds: Kinds) -> Affine | None:

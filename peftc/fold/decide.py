@@ -68,8 +68,8 @@ def decide(program: Program) -> list[Decision]:
     decisions = [_decide(reach, insertion) for insertion in program.ledger]
     settled = False
     while not settled:
-        by_entry = {id(d.insertion): d for d in decisions}
-        after = [_settle(reach, decision, lambda entry: by_entry[id(entry)]) for decision in decisions]
+        of = {id(d.insertion): d for d in decisions}
+        after = [_settle(reach, decision, lambda entry, of=of: of[id(entry)]) for decision in decisions]
         settled = all(new is old for new, old in zip(after, decisions, strict=True))
         decisions = after
     return decisions

@@ -42,7 +42,7 @@ def evaluate_rows(
     read: Read,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The same for matrices: each row of a feed [n, d] is one token, whatever the rank in the graph; gives [n, d_out]."""
+    """The same for matrices: a row of a feed [n, d] is one token, whatever the rank in the graph; gives [n, d_out]."""
     shaped = {node: rows.reshape(*[1] * (node.meta["val"].dim() - 2), *rows.shape) for node, rows in feeds.items()}
     count = max(rows.shape[0] for rows in feeds.values())
     value = evaluate(program, wanted, shaped, read, dtype)
@@ -76,14 +76,15 @@ def _value(
         return _as_one(node.meta["val"])
     if node.op == "placeholder":
         return _parameter(program, node, read, dtype)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
+    given: Any = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
+    args, kwargs = given
     if is_call(node, aten.dropout.default):
         return args[0]
     if dtype is not None and is_call(node, aten.to.dtype, aten._to_copy.default) and args[0].is_floating_point():
         return args[0].to(dtype)
-    args, kwargs = _on_cpu(args), _on_cpu(kwargs)
+    target: Any = node.target
     with torch.no_grad():
-        return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        return target(*_on_cpu(args), **_on_cpu(kwargs))
 
 
 def _parameter(program: Program, node: fx.Node, read: Read | None, dtype: torch.dtype | None) -> torch.Tensor:

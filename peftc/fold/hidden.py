@@ -50,7 +50,8 @@ class WidenUpdate:
     def apply(self, name: str, tensor: torch.Tensor, read: Read) -> torch.Tensor:
         role, linear = self._owner(name)
         if name == linear.bias_name:
-            return tensor + self._output(read, tensor.dtype)[1] if role == "down" else self._longer(role, tensor, 1, read)
+            down = role == "down"
+            return tensor + self._output(read, tensor.dtype)[1] if down else self._longer(role, tensor, 1, read)
         weight = tensor.t() if linear.transposed else tensor
         if role == "down":
             joined = torch.cat([weight, self._output(read, tensor.dtype)[0]], 1)

@@ -15,8 +15,8 @@ class FoldedState:
     """Reads tensors of the folded model by state-dict name.
 
     `read` gives the unfolded tensors (base and deltas); `updates` come in the order in which they hold (see
-    `peftc.fold.updates.updates_for`). They are computed in float32, in float64 for a float64 tensor, and rounded once to
-    the dtype the tensor is stored in.
+    `peftc.fold.updates.updates_for`). They are computed in float32, in float64 for a float64 tensor, and rounded once
+    to the dtype the tensor is stored in.
     """
 
     def __init__(self, read: Read, updates: Sequence[Update]) -> None:

@@ -78,7 +78,7 @@ class _AtLinear:
         names = [linear.weight_name] if weight else []
         return (*names, linear.bias_name) if bias and linear.bias_name else tuple(names)
 
-    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape
 
     def _at(self, h: torch.Tensor | None, x: torch.Tensor | None, read: Read, dtype: torch.dtype) -> torch.Tensor:
@@ -162,10 +162,10 @@ class ParameterUpdate:
         assert name is not None
         return (name,)
 
-    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape
 
-    def apply(self, name: str, tensor: torch.Tensor, read: Read) -> torch.Tensor:  # noqa: ARG002
+    def apply(self, name: str, tensor: torch.Tensor, read: Read) -> torch.Tensor:
         insertion = self.decision.insertion
         transposed = insertion.site.taps[insertion.tap].layout == "transposed"
         h = tensor.t() if transposed else tensor

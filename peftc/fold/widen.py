@@ -69,7 +69,8 @@ def find_widening(reach: Reach, insertion: Insertion) -> tuple[Widening | None, 
         return None, "it has no single hidden value between two affine maps"
     streams = ["gate", "up"] if "gate" in site.taps else ["up"]
     if len(cut.frontier) != len(streams):
-        return None, "the FFN is gated and the delta is not" if len(streams) == 2 else "the delta is gated, the FFN is not"
+        gated = len(streams) == 2
+        return None, "the FFN is gated and the delta is not" if gated else "the delta is gated, the FFN is not"
     inputs, difference = _match(program, site, streams, cut)
     if inputs is None:
         return None, f"its activation is not the FFN's own ({difference})"

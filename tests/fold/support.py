@@ -55,7 +55,8 @@ def _bart() -> Any:
 
 
 def _gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**_SMALL, n_embd=16, n_layer=1, n_head=4, n_positions=32))
+    config = transformers.GPT2Config(**_SMALL, n_embd=16, n_layer=1, n_head=4, n_positions=32)
+    return transformers.GPT2LMHeadModel(config)
 
 
 def _opt() -> Any:
@@ -70,8 +71,9 @@ def _bloom() -> Any:
 
 def _t5() -> Any:
     config = transformers.T5Config(
-        **{**_SMALL, "pad_token_id": 0}, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, decoder_start_token_id=0
-    )
+        **{**_SMALL, "pad_token_id": 0}, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -89,8 +91,9 @@ def _llama() -> Any:
 
 def _phi3(**extra: Any) -> Any:
     config = transformers.Phi3Config(
-        **{**_SMALL, **_LLAMA, **extra}, num_key_value_heads=2, max_position_embeddings=32, original_max_position_embeddings=32
-    )
+        **{**_SMALL, **_LLAMA, **extra}, num_key_value_heads=2, max_position_embeddings=32,
+        original_max_position_embeddings=32,
+    )  # fmt: skip
     return transformers.Phi3ForCausalLM(config)
 
 

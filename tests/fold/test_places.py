@@ -14,7 +14,8 @@ from peftc.store.model_dir import ModelDir
 
 FUSED = {
     "gpt2": ("transformer.h.0.attn.c_attn.weight", lambda w: w.t().unflatten(0, (3, 16))),
-    "bloom": ("transformer.h.0.self_attention.query_key_value.weight", lambda w: w.unflatten(0, (4, 3, 4)).transpose(0, 1)),
+    "bloom": ("transformer.h.0.self_attention.query_key_value.weight",
+              lambda w: w.unflatten(0, (4, 3, 4)).transpose(0, 1)),
     "phi3": ("model.layers.0.self_attn.qkv_proj.weight", lambda w: torch.nn.utils.rnn.pad_sequence(w.split([16, 8, 8]))
              .transpose(0, 1)),
 }  # fmt: skip
@@ -48,7 +49,8 @@ IA3 = """deltas:
 CONCAT = """hyper: {r: 3}
 deltas:
   one: {at: attention, modify: concat, insert: sequential, form: bottleneck, with: {f: identity}}
-  two: {at: attention, modify: concat, insert: sequential, form: bottleneck, with: {f: identity}, compose: 2 * h - dh}"""
+  two: {at: attention, modify: concat, insert: sequential, form: bottleneck, with: {f: identity},
+        compose: 2 * h - dh}"""
 
 WEIGHT = """hyper: {r: 3}
 deltas:
@@ -145,9 +147,10 @@ def test_a_delta_whose_parameters_are_shared_merges_at_every_site(checkpoint: Ch
 
 
 BEHIND = {
-    "sequential behind a kept one": ("sequential, form: bottleneck, with: {r: 2, f: identity}", "is in the way and stays"),
+    "sequential behind a kept one":
+        ("sequential, form: bottleneck, with: {r: 2, f: identity}", "is in the way and stays"),
     "parallel behind a kept addition": ("mid, form: low_rank, with: {r: 2}", ""),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BEHIND)
@@ -171,7 +174,8 @@ REFUSED = {
                               "form: low_rank, with: {r: 2}}", "lm_head, transformer.wte"),
     "weight of two layers": ("albert", "{at: attention, modify: q, insert: parallel, form: low_rank, with: {r: 2}}",
                              "is used in 2 places"),
-    "bias where there is none": ("llama", "{at: attention, modify: q, insert: sequential, compose: h + dh, form: {params: {b: {shape: [d_out], init: zeros}}, expr: b}}",
+    "bias where there is none": ("llama", "{at: attention, modify: q, insert: sequential, "
+                                 "form: {params: {b: {shape: [d_out], init: zeros}}, expr: b}}",
                                  "adds a bias, and `q_proj` has none"),
     "of no linear layer": ("bert", "{at: embedding, modify: out, insert: sequential, form: bottleneck, "
                            "with: {r: 2, f: identity}}", "neither made nor taken by a single linear layer"),
@@ -200,7 +204,8 @@ def test_a_bias_tied_to_an_unread_name_merges(checkpoint: Checkpoints, tmp_path:
 def test_trained_base_tensors_and_deltas_on_them_both_reach_the_checkpoint(
     checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    text = rule("deltas:\n  v: {at: linear, modify: bias, insert: sequential, form: vector}") + 'train: ["*.dense.bias"]\n'
+    deltas = "deltas:\n  v: {at: linear, modify: bias, insert: sequential, form: vector}"
+    text = rule(deltas) + 'train: ["*.dense.bias"]\n'
     found = fold(text, checkpoint("bert"), tmp_path)
     assert found.difference <= 1e-10
 

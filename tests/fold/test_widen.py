@@ -76,8 +76,8 @@ deltas:
 
 
 def test_layers_without_a_delta_or_with_a_smaller_one_are_padded(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    only = fold(rule("deltas:\n  one: {at: ffn, modify: out, insert: parallel, form: bottleneck, "
-                     "with: {r: 3, f: gelu}, where: {layers: [1]}}"), checkpoint("bert"), tmp_path / "only")  # fmt: skip
+    one = "{at: ffn, modify: out, insert: parallel, form: bottleneck, with: {r: 3, f: gelu}, where: {layers: [1]}}"
+    only = fold(rule(f"deltas:\n  one: {one}"), checkpoint("bert"), tmp_path / "only")
     assert only.difference <= 1e-10
     up = only.plain.encoder.layer[0].intermediate.dense
     assert up.weight.shape == (27, 16) and not up.weight[24:].any() and not up.bias[24:].any()
