@@ -1,7 +1,8 @@
 """set-mode: turn a graph traced in train mode into the training or the evaluation graph.
 
 A train trace keeps every dropout with its probability; evaluation switches them off, including the one inside fused
-attention and the running statistics of batch norm.
+attention and the running statistics of batch norm. Stochastic depth, which models spell out, is one more:
+x / keep * floor(keep + rand) is x.
 """
 
 from __future__ import annotations
@@ -47,3 +48,22 @@ class SetMode:
                     node.update_arg(_SDPA_DROPOUT, 0.0)
                 if "dropout_p" in node.kwargs:
                     node.update_kwarg("dropout_p", 0.0)
+            elif is_call(node, aten.rand.default, aten.rand_like.default):
+                _keep_every_path(node)
+
+
+def _keep_every_path(rand: fx.Node) -> None:
+    """Take stochastic depth out: the product of x / keep with floor(keep + rand) becomes x."""
+    total = _only_user(rand, aten.add.Tensor)
+    drawn = _only_user(total, aten.floor.default, aten.floor_.default)
+    product = _only_user(drawn, aten.mul.Tensor)
+    if product is None or total is None:
+        return
+    scaled = next((node for node in product.all_input_nodes if is_call(node, aten.div.Tensor)), None)
+    if scaled is not None and scaled.args[1] == total.args[1]:
+        product.replace_all_uses_with(scaled.args[0])  # pyright: ignore[reportArgumentType]
+
+
+def _only_user(node: fx.Node | None, *ops: object) -> fx.Node | None:
+    users = [] if node is None else list(node.users)
+    return users[0] if len(users) == 1 and is_call(users[0], *ops) else None
