@@ -83,18 +83,22 @@ def test_bfloat16_merges_in_float32_with_one_rounding(checkpoint: Checkpoints, t
     assert found.plain.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+NO_NUMBER = {"not a number": (float("nan"), "peftc.lora.v.B"), "too large": (3e38, "self.value.weight")}
+
+
+@pytest.mark.parametrize("case", NO_NUMBER)
 def test_a_delta_that_yields_no_number_is_refused_and_leaves_no_directory(
-    value: float, checkpoint: Checkpoints, tmp_path: Path
+    case: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    model = adapt("lora", checkpoint("bert"), set={"r": 2})
+    value, place = NO_NUMBER[case]
+    model = adapt("lora", checkpoint("bert", torch.float32), set={"r": 2})
     with torch.no_grad():
-        model.get_parameter("encoder.layer.1.attention.peftc.lora.v.B")[0, 0] = value
+        model.get_parameter("encoder.layer.1.attention.peftc.lora.v.B")[0] = value
     model.save_pretrained(tmp_path / "delta")
     with pytest.raises(PeftcError) as refused:
         driver.merge(tmp_path / "delta", tmp_path / "merged", export={"hf"})
     (diagnostic,) = refused.value.diagnostics
-    assert diagnostic.code == "E042" and "encoder.layer.1.attention.self.value.weight" in diagnostic.message
+    assert diagnostic.code == "E042" and f"encoder.layer.1.attention.{place}" in diagnostic.message
     assert [path.name for path in tmp_path.iterdir()] == ["delta"]
 
 

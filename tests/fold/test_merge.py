@@ -19,10 +19,12 @@ AFFINE = {
 }
 
 
-@pytest.mark.parametrize("family", ["bert", "bart"])
-@pytest.mark.parametrize("name", AFFINE)
+ON_BART = ("lora", "lora_ffn", "bitfit")
+
+
+@pytest.mark.parametrize(("family", "name"), [*(("bert", n) for n in AFFINE), *(("bart", n) for n in ON_BART)])
 def test_an_affine_method_merges_into_a_plain_checkpoint(
-    name: str, family: str, checkpoint: Checkpoints, tmp_path: Path
+    family: str, name: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     found = fold(name, checkpoint(family), tmp_path, set=AFFINE[name])
     assert set.union(*found.results.values()) == {"merged"}
