@@ -56,7 +56,8 @@ def build_skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: 
     """Build `cls(config)` with no memory for its parameters, in `dtype` (default: the config's)."""
     from accelerate import init_empty_weights
 
-    chosen: torch.dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    stated = dtype or getattr(config, "dtype", None) or torch.float32
+    chosen: torch.dtype = getattr(torch, stated) if isinstance(stated, str) else stated  # saving a config spells it out
     with _default_dtype(chosen), init_empty_weights(include_buffers=False):
         model = cls(config)
     model.tie_weights()  # under init_empty_weights every name would get a parameter of its own
