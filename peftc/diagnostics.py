@@ -20,7 +20,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
-Severity = Literal["error", "warning"]
+Severity = Literal["error", "warning", "note"]
+"""A warning is likely a mistake; a note is worth knowing of a rule that is right."""
+
+MOST_SHOWN = 50
+"""Diagnostics printed of one file; those after it are counted."""
+
+MOST_TOLD = 100
+"""Mistakes of one file that are told at all: a file with more is not looked at further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One error or warning about what the user gave."""
+    """One error, warning or note about what the user gave."""
 
     code: str
     message: str
@@ -57,7 +64,7 @@ class Diagnostic:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, object]:
-        """A JSON-ready dictionary with the keys code, severity, message, file, line, col, help."""
+        """A JSON-ready dictionary with the keys code, severity, message, file, line, col, end_col, help."""
         span = self.span
         return {
             "code": self.code,
@@ -66,6 +73,7 @@ class Diagnostic:
             "file": span.file if span else None,
             "line": span.line if span else None,
             "col": span.col if span else None,
+            "end_col": span.end_col if span else None,
             "help": self.help,
         }
 
@@ -94,7 +102,15 @@ class PeftcError(Exception):
 
     def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
         self.diagnostics = tuple(diagnostics)
-        super().__init__("\n\n".join(d.render() for d in self.diagnostics))
+        told = [d.render() for d in self.diagnostics[:MOST_SHOWN]]
+        if len(self.diagnostics) > MOST_SHOWN:
+            told.append(and_more(len(self.diagnostics) - MOST_SHOWN))
+        super().__init__("\n\n".join(told))
+
+
+def and_more(count: int) -> str:
+    """What stands for `count` diagnostics that are not printed."""
+    return f"... and {count} more"
 
 
 def fail(code: str, message: str, *, span: Span | None = None, help: str | None = None) -> NoReturn:
@@ -109,10 +125,22 @@ class Collector:
     diagnostics: list[Diagnostic] = field(default_factory=list)
 
     def error(self, code: str, message: str, *, span: Span | None = None, help: str | None = None) -> None:
+        """Tell a mistake. Raises `PeftcError` with all of them at the 100th, for more would only take time."""
         self.diagnostics.append(Diagnostic(code, message, span, help))
+        if len(self.diagnostics) >= MOST_TOLD:
+            self.raise_if_errors()
+
+    def extend(self, diagnostics: Iterable[Diagnostic]) -> None:
+        """Tell what another part found; see `error`."""
+        self.diagnostics.extend(diagnostics)
+        if len(self.diagnostics) >= MOST_TOLD:
+            self.raise_if_errors()
 
     def warn(self, code: str, message: str, *, span: Span | None = None, help: str | None = None) -> None:
         self.diagnostics.append(Diagnostic(code, message, span, help, "warning"))
+
+    def note(self, code: str, message: str, *, span: Span | None = None, help: str | None = None) -> None:
+        self.diagnostics.append(Diagnostic(code, message, span, help, "note"))
 
     @property
     def errors(self) -> list[Diagnostic]:
@@ -121,13 +149,31 @@ class Collector:
     def raise_if_errors(self) -> None:
         """Raise `PeftcError` with every error gathered so far, in source order."""
         if self.errors:
-            raise PeftcError(sorted(self.errors, key=lambda d: (d.span.line, d.span.col) if d.span else (0, 0)))
+            raise PeftcError(sorted(self.errors, key=place))
+
+
+def place(diagnostic: Diagnostic) -> tuple[int, int]:
+    """What diagnostics of one file are sorted by; those without a span come first."""
+    return (diagnostic.span.line, diagnostic.span.col) if diagnostic.span else (0, 0)
+
+
+_MOST_COMPARED, _MOST_LISTED, _LONGEST_NAME = 128, 40, 64
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """A help line that names the nearest known name, or lists the known ones when none is near."""
+    """A help line that names the nearest known name, or lists the known ones when none is near.
+
+    Of very many names those of like length are compared, for comparing is slow and rules come from strangers.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    near: list[str] = []
+    if len(name) <= _LONGEST_NAME:
+        alike = [other for other in names if len(other) <= 2 * _LONGEST_NAME]
+        if len(alike) > _MOST_COMPARED:
+            alike = sorted(alike, key=lambda other: abs(len(other) - len(name)))[:_MOST_COMPARED]
+        near = difflib.get_close_matches(name, alike, n=1, cutoff=0.6)
     if near:
         return f"did you mean `{near[0]}`?"
+    if len(names) > _MOST_LISTED:
+        names = [*names[:_MOST_LISTED], "..."]
     return f"known: {', '.join(names)}" if names else None

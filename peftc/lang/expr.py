@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from functools import lru_cache
 
 from peftc.diagnostics import Collector, Span
 from peftc.lang.grammar import Mode, check, tree_of
@@ -56,18 +57,22 @@ def names_in(expr: Expr) -> set[str]:
 
 def name_nodes(expr: Expr) -> dict[str, ast.Name]:
     """The names that `expr` reads, each with its first node; names of called ops are not among them."""
-    called = {id(node.func) for node in ast.walk(expr.tree) if isinstance(node, ast.Call)}
-    found: dict[str, ast.Name] = {}
-    for node in ast.walk(expr.tree):
-        if isinstance(node, ast.Name) and id(node) not in called:
-            found.setdefault(node.id, node)
-    return found
+    return _walked(expr.tree)[0]
 
 
 def calls_in(expr: Expr) -> dict[str, ast.Name]:
     """The names that `expr` calls, each with its first node."""
-    found: dict[str, ast.Name] = {}
-    for node in ast.walk(expr.tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            found.setdefault(node.func.id, node.func)
-    return found
+    return _walked(expr.tree)[1]
+
+
+@lru_cache(maxsize=4096)
+def _walked(tree: ast.expr) -> tuple[dict[str, ast.Name], dict[str, ast.Name]]:
+    """The names read and the names called; kept, because a form of the library is asked again for every row."""
+    nodes = list(ast.walk(tree))
+    called = [node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    heads = {id(func) for func in called}
+    read: dict[str, ast.Name] = {}
+    for node in nodes:
+        if isinstance(node, ast.Name) and id(node) not in heads:
+            read.setdefault(node.id, node)
+    return read, {func.id: func for func in reversed(called)}

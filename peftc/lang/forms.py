@@ -41,7 +41,8 @@ def check_version(tree: MappingNode, key: str, what: str) -> None:
     if node is None:
         for other, kind in (("peftc", "rule"), ("peftc-form", "form")):
             if other != key and other in tree.entries:
-                fail("E019", f"this is a {kind} file, not a {what}", span=tree.key(other).span)
+                help = f"a {what} starts with `{key}: 1`"
+                fail("E019", f"this is a {kind} file, not a {what}", span=tree.key(other).span, help=help)
     elif value(node) != 1 or isinstance(value(node), bool):
         shown = f"`{node.text}`" if isinstance(node, ScalarNode) else "this"
         fail("E019", f"{shown} is not a format version of a {what}", span=node.span, help="this peftc reads version 1")
@@ -89,9 +90,11 @@ def _one_of(node: MappingNode, key: str, collector: Collector) -> None:
     if key in node.entries and "attend" in node.entries:
         later = max(node.key(key), node.key("attend"), key=lambda found: found.start)
         message = f"a form has `{key}` or `attend`, not both"
-        collector.error("E003", message, span=later.span)
+        collector.error("E003", message, span=later.span, help="take one of them out")
     elif key not in node.entries and "attend" not in node.entries:
-        collector.error("E010", f"missing key `{key}` (or `attend`) of the form", span=first_token(node))
+        message = f"missing key `{key}` (or `attend`) of the form"
+        help = f"`{key}` says what the form computes: {key}: linear(x, W)"
+        collector.error("E010", message, span=first_token(node), help=help)
 
 
 def first_token(node: MappingNode) -> Span:

@@ -15,6 +15,7 @@ from typing import Literal
 from peftc.diagnostics import Collector, Span, did_you_mean, fail
 from peftc.lang.ops import INITS, OPS, Op
 from peftc.lang.rule import Expr, Scalar
+from peftc.lang.sites import COMPOSITIONS
 
 MAX_LENGTH = 1000
 MAX_DEPTH = 40
@@ -68,28 +69,29 @@ def check(expr: Expr, mode: Mode, words: Mapping[str, Scalar], collector: Collec
 def tree_of(source: str, span: Span | None, exact: bool) -> ast.expr:
     """The syntax tree of `source`, its size checked before anything walks it."""
     if len(source) > MAX_LENGTH:
-        fail("E017", f"an expression of {len(source)} characters; the limit is {MAX_LENGTH}", span=span)
+        message = f"an expression of {len(source)} characters; the limit is {MAX_LENGTH}"
+        fail("E017", message, span=span, help="name parts under `let:`")
     place = Expr(source, ast.Constant(None), span, exact)
     for index, char in enumerate(source):
         if not (" " <= char <= "~") or char == "#":
             at = _token(place, index, index + 1)
             fail("E011", f"`{char}` is not admitted in an expression", span=at, help="use ASCII names and operators")
     if not source:
-        fail("E011", "an expression is missing", span=span)
+        fail("E011", "an expression is missing", span=span, help="as in `h + s * dh`")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source, mode="eval").body
     except (RecursionError, MemoryError):
-        fail("E017", "the expression is nested too deep", span=span)
+        fail("E017", "the expression is nested too deep", span=span, help="name parts under `let:`")
     except SyntaxError as error:
         reason, at = error.msg or "", max(0, min((error.offset or 1) - 1, len(source)))
         if "too many nested" in reason:
-            fail("E017", "the expression is nested too deep", span=span)
+            fail("E017", "the expression is nested too deep", span=span, help="name parts under `let:`")
         if "was never closed" in reason:
             help = "inside YAML's `{ }` and `[ ]`, quote an expression that holds a comma"
             fail("E011", f"`{source[at : at + 1]}` is never closed", span=_token(place, at, at + 1), help=help)
-        fail("E011", "this is not an expression", span=_token(place, at, at + 1))
+        fail("E011", "this is not an expression", span=_token(place, at, at + 1), help="as in `h + s * dh`")
     except ValueError as error:  # an integer literal beyond Python's digit limit
         fail("E017", f"the expression cannot be read: {error}", span=span)
     _check_depth(tree, span)
@@ -142,6 +144,8 @@ class _Checker:
             self._attribute(node)
         elif isinstance(node, ast.Subscript) and self.mode == "tensor":
             self._subscript(node)
+        elif isinstance(node, ast.UnaryOp):
+            self._refuse(node, f"a leading `{'+' if isinstance(node.op, ast.UAdd) else '~'}`")
         elif not isinstance(node, ast.Name):
             self._refuse(node)
 
@@ -157,19 +161,29 @@ class _Checker:
         elif not (value is None or isinstance(value, (bool, int, float))):
             self._refuse(node)
         elif isinstance(value, (int, float)) and not abs(value) <= (MAX_INT if isinstance(value, int) else 1e300):
-            self.collector.error("E017", "the number is too large", span=self.expr.span_of(node))
+            help = "numbers go up to 2 ** 53, or 1e300 with a point"
+            self.collector.error("E017", "the number is too large", span=self.expr.span_of(node), help=help)
 
     def _binary(self, node: ast.BinOp) -> None:
         matmul = isinstance(node.op, ast.MatMult) and self.mode == "tensor"
         if not matmul and type(node.op) not in _BINARY:
-            self._refuse(node)
+            self._refuse_operator(node)
             return
         self.node(node.left)
         self.node(node.right)
         right = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
         power = right.value if isinstance(node.op, ast.Pow) and isinstance(right, ast.Constant) else 0
         if isinstance(power, (int, float)) and abs(power) > MAX_EXPONENT:
-            self.collector.error("E017", f"an exponent beyond {MAX_EXPONENT}", span=self.expr.span_of(right))
+            message, help = f"an exponent beyond {MAX_EXPONENT}", "for x > 0, exp(k * log(x)) is the same"
+            self.collector.error("E017", message, span=self.expr.span_of(right), help=help)
+
+    def _refuse_operator(self, node: ast.BinOp) -> None:
+        start, end = node.left.end_col_offset or 0, node.right.col_offset
+        between = self.expr.text[start:end]
+        symbol = between.strip("() ")
+        start += between.index(symbol)
+        span = _token(self.expr, start, start + len(symbol))
+        self.collector.error("E011", f"`{symbol}` is not admitted", span=span, help=_ADMITTED[self.mode])
 
     def _compare(self, node: ast.Compare) -> None:
         for operator in node.ops:
@@ -237,11 +251,19 @@ class _Checker:
         if self.mode == "tensor" and isinstance(self.words.get(name), str):
             return OPS.get(str(self.words[name]))
         if name not in known and name in (STATIC_CALLS if self.mode == "tensor" else OPS):
-            place = "only for sizes and conditions" if self.mode == "tensor" else "an op for tensors, not for sizes"
-            self.collector.error("E011", f"`{name}` is {place}", span=self.expr.span_of(node.func))
+            sized = self.mode == "tensor"
+            place = "only for sizes and conditions" if sized else "an op for tensors, not for sizes"
+            help = "`peftc ops` lists the ops for tensors" if sized else _ADMITTED[self.mode]
+            self.collector.error("E011", f"`{name}` is {place}", span=self.expr.span_of(node.func), help=help)
         elif name not in known:
             callable_words = [w for w, value in self.words.items() if value in OPS] if self.mode == "tensor" else []
-            help = did_you_mean(name, [*known, *callable_words])
+            near = did_you_mean(name, [*known, *callable_words]) or ""
+            if name in COMPOSITIONS:
+                help = f"`{name}` is a composition by itself: compose: {name}"
+            else:
+                help = (
+                    near if near.startswith("did") or self.mode != "tensor" else "`peftc ops` lists the ops there are"
+                )
             self.collector.error("E007", f"unknown op `{name}`", span=self.expr.span_of(node.func), help=help)
         return known.get(name)
 
@@ -282,7 +304,8 @@ def _check_arguments(expr: Expr, node: ast.expr, op: Op, collector: Collector) -
     seen: set[str] = set()
     for keyword in node.keywords if isinstance(node, ast.Call) else ():
         if keyword.arg in seen:
-            collector.error("E012", f"`{keyword.arg}` is given twice", span=expr.span_of(keyword))
+            message = f"`{keyword.arg}` is given twice"
+            collector.error("E012", message, span=expr.span_of(keyword), help="give it once")
         elif keyword.arg is not None and keyword.arg not in op.keywords:
             known = did_you_mean(keyword.arg, op.keywords) or f"`{op.name}` takes no keywords"
             message = f"`{op.name}` has no keyword `{keyword.arg}`"
@@ -299,5 +322,5 @@ def _check_einsum(expr: Expr, args: list[ast.expr], collector: Collector) -> Non
         collector.error("E011", "the first argument of `einsum` is its equation", span=span, help=OPS["einsum"].doc)
     elif spec.partition("->")[0].count(",") + 2 != len(args):
         operands = spec.partition("->")[0].count(",") + 1
-        message = f"the equation names {operands} operands, {len(args) - 1} given"
-        collector.error("E012", message, span=span)
+        message = f"the equation names {operands} operand{'s' if operands > 1 else ''}, {len(args) - 1} given"
+        collector.error("E012", message, span=span, help=f"as in {OPS['einsum'].doc}")

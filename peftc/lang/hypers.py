@@ -126,7 +126,7 @@ def _check_bounds(hyper: Hyper, collector: Collector) -> None:
     if isinstance(hyper.value, (bool, str)) or hyper.value is None:
         if hyper.min is not None or hyper.max is not None:
             message = f"`{hyper.name}` is {_shown(hyper.value)}, which has no `min` or `max`"
-            collector.error("E014", message, span=hyper.span)
+            collector.error("E014", message, span=hyper.span, help="bounds are for numbers: take them out")
         if hyper.name not in SIZES:
             return
     elif hyper.min is not None and hyper.value < hyper.min:

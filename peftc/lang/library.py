@@ -33,7 +33,12 @@ def load_form(name: str) -> Form:
     found = _files("forms").get(name)
     if found is None:
         fail("E006", f"unknown form `{shown(name)}`", help=did_you_mean(name, form_names()))
-    return parse_form(read(found), shown_file(found))
+    return _form(name, shown_file(found))
+
+
+@lru_cache
+def _form(name: str, shown: str) -> Form:
+    return parse_form(read(_files("forms")[name]), shown)
 
 
 def read(item: Traversable) -> str:

@@ -71,7 +71,9 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     _check_sizes(deltas, values, collector)
     train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
     if not tree.get("deltas") and not train and not collector.errors:
-        collector.error("E010", "the rule has neither `deltas` nor `train`", span=forms.first_token(tree))
+        help = "`deltas` adds parameters to the model, `train` names parameters it has"
+        span = forms.first_token(tree)
+        collector.error("E010", "the rule has neither `deltas` nor `train`", span=span, help=help)
     collector.raise_if_errors()
     return Rule(
         word(tree.get("name")) or "",

@@ -114,12 +114,15 @@ class RowReader:
                 return
 
     def _distinct(self, node: Node | None, found: list[ScalarNode], what: str) -> None:
+        help = "a word, or a list of at least one"
         if isinstance(node, SequenceNode) and not node.items:
-            self.collector.error("E009", f"an empty list, where {what} is expected", span=node.span)
+            self.collector.error("E009", f"an empty list, where {what} is expected", span=node.span, help=help)
         seen: set[str] = set()
         for item in found:
             if item.text in seen:
-                self.collector.error("E023", f"`{shown(item.text)}` is named twice", span=item.span)
+                self.collector.error(
+                    "E023", f"`{shown(item.text)}` is named twice", span=item.span, help="name it once"
+                )
             seen.add(item.text)
 
     def _arguments(self, node: MappingNode) -> dict[str, Scalar | Expr]:
@@ -158,7 +161,7 @@ class RowReader:
         try:
             return load_form(name)
         except PeftcError as error:
-            self.collector.diagnostics.extend(error.diagnostics)
+            self.collector.extend(error.diagnostics)
             return None
 
     def _inline(self, node: MappingNode, given: MappingNode, arguments: Mapping[str, Scalar | Expr]) -> Form:

@@ -1,7 +1,7 @@
 """The shape of rule and form files as pydantic models, and pydantic's complaints as diagnostics with places.
 
 The models say which keys exist and what type their values have; a JSON Schema for editors is generated from them
-(`RuleFile.model_json_schema()`). What the values mean is checked by `peftc.lang.build`. `check` reports each
+(`peftc.lang.json_schema`). What the values mean is checked by `peftc.lang.build`. `check` reports each
 mistake once, at the token that is wrong, and returns the tree without the wrong parts, so that checking can go on.
 """
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic.fields import FieldInfo
 
 from peftc.diagnostics import Collector, did_you_mean
 from peftc.lang.complaints import Path, complaints
+from peftc.lang.ops import INITS
+from peftc.lang.sites import SITES
 from peftc.lang.tree import MappingNode, plain, without
 
 Value = int | float | bool | str
@@ -33,96 +36,120 @@ class _Model(BaseModel):
 class HyperFile(_Model):
     """A hyperparameter with bounds."""
 
-    default: Value
-    min: int | float | None = None
-    max: int | float | None = None
-    doc: str = ""
+    default: Value = Field(description="the value where --set gives none; its type is that of every value")
+    min: int | float | None = Field(None, description="the smallest value admitted")
+    max: int | float | None = Field(None, description="the largest value admitted")
+    doc: str = Field("", description="what it is, in a few words")
 
 
 class ParamFile(_Model):
     """A tensor of a delta."""
 
-    shape: list[Expression]
-    init: Expression
-    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
-    share: Literal["site", "layer", "kind", "stack", "model"] = "site"
-    frozen: bool = False
-    condition: Expression | None = Field(None, alias="if")
+    shape: list[Expression] = Field(description="a list of sizes over hyperparameters and dimensions: [r, d_in]")
+    init: Expression = Field(description="its initial value: a number, or one of " + ", ".join(INITS))
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = Field(
+        None, description="its type; float32 where nothing is said"
+    )
+    share: Literal["site", "layer", "kind", "stack", "model"] = Field(
+        "site", description="which sites use one and the same tensor"
+    )
+    frozen: bool = Field(False, description="stored, but not trained")
+    condition: Expression | None = Field(
+        None, alias="if", description="where this is false there is no such tensor: its name is None in expressions"
+    )
 
 
 class AttendFile(_Model):
     """The site's own queries attending to rows."""
 
-    keys: Expression
-    values: Expression
+    keys: Expression = Field(description="rows the queries are compared with, [l, kv_heads, head_dim]")
+    values: Expression = Field(description="rows that are averaged, [l, kv_heads, head_dim]")
 
 
 class WhereFile(_Model):
-    """Which of the sites named by `at`."""
+    """Which of the sites named by `at`: every condition given must hold."""
 
-    layers: list[int] | int | Annotated[str, StringConstraints(pattern=LAYERS)] | None = None
-    stack: Stack | list[Stack] | None = None
-    kind: Kind | list[Kind] | None = None
-    role: Role | list[Role] | None = None
-    path: Words | None = None
-    condition: Expression | None = Field(None, alias="if")
+    layers: list[int] | int | Annotated[str, StringConstraints(pattern=LAYERS)] | None = Field(
+        None, description="layers by number (negative ones count from the end), or 0-5, first 4, last 2"
+    )
+    stack: Stack | list[Stack] | None = Field(None, description="encoder or decoder")
+    kind: Kind | list[Kind] | None = Field(None, description="self- or cross-attention")
+    role: Role | list[Role] | None = Field(None, description="which linear layers, for `at: linear`")
+    path: Words | None = Field(None, description="globs over module paths")
+    condition: Expression | None = Field(
+        None, alias="if", description="a condition over hyperparameters and the site's dimensions, such as d_ff > 1024"
+    )
+
+
+_ARGS = "arguments with defaults; a word may name an op (f: gelu), to be called: f(x)"
+_PARAMS = "the tensors of the delta, by name"
+_LET = "names for parts of an expression, each seeing those above it"
+_ATTEND = "in place of an expression: the site's own queries attend to trained rows"
 
 
 class InlineForm(_Model):
     """A form written in the row itself."""
 
-    expr: Expression | None = None
-    attend: AttendFile | None = None
-    args: dict[Name, Value | None] = {}
-    params: dict[Name, ParamFile] = {}
-    let: dict[Name, Expression] = {}
+    expr: Expression | None = Field(None, description="dh as an expression in x, the parameters and `let` names")
+    attend: AttendFile | None = Field(None, description=_ATTEND)
+    args: dict[Name, Value | None] = Field({}, description=_ARGS)
+    params: dict[Name, ParamFile] = Field({}, description=_PARAMS)
+    let: dict[Name, Expression] = Field({}, description=_LET)
 
 
 class DeltaFile(_Model):
     """One row of the table."""
 
-    at: Words
-    modify: Words
-    form: Value | InlineForm
-    insert: Word = "parallel"
-    compose: Expression = "h + dh"
-    arguments: dict[Name, Value | None] = Field({}, alias="with")
-    where: WhereFile | None = None
-    params: dict[Name, ParamFile] = {}
-    let: dict[Name, Expression] = {}
-    lower: Literal["concat", "gated"] | None = None
-    expect: Annotated[int, Field(ge=0)] | None = None
+    at: Words = Field(description="which sites of the model: " + ", ".join(SITES))
+    modify: Words = Field(description="the tap that is changed, called h in `compose`: such as out, heads or weight")
+    form: Value | InlineForm = Field(description="the function dh = f(x): a form's name, an expression, or a mapping")
+    insert: Word = Field("parallel", description="what x is: parallel (the site's input), sequential (h), or a tap")
+    compose: Expression = Field("h + dh", description="what becomes of h and dh: an expression, or add, gate, prepend")
+    arguments: dict[Name, Value | None] = Field(
+        {}, alias="with", description="values for the form's arguments and sizes"
+    )
+    where: WhereFile | None = Field(None, description="narrows the sites that `at` names")
+    params: dict[Name, ParamFile] = Field({}, description=_PARAMS)
+    let: dict[Name, Expression] = Field({}, description=_LET)
+    lower: Literal["concat", "gated"] | None = Field(
+        None, description="how a prefix is computed: rows joined to keys and values, or a second attention with a gate"
+    )
+    expect: Annotated[int, Field(ge=0)] | None = Field(None, description="how many sites the row must match")
 
 
 class RuleFile(_Model):
     """A rule file."""
 
-    version: Literal[1] = Field(alias="peftc")
-    name: Word
-    doc: str = ""
-    paper: str = ""
-    hyper: dict[Name, Value | HyperFile] = {}
-    deltas: dict[Name, DeltaFile] = {}
-    train: Words = []
+    version: Literal[1] = Field(alias="peftc", description="the format of rule files; this peftc reads 1")
+    name: Word = Field(description="the rule's name")
+    doc: str = Field("", description="what the method is, in a sentence")
+    paper: str = Field("", description="where the method comes from")
+    hyper: dict[Name, Value | HyperFile] = Field({}, description="what --set may change, with defaults")
+    deltas: dict[Name, DeltaFile] = Field({}, description="the rows of the table, by name")
+    train: Words = Field([], description="globs over the base's parameters that are trained as they are")
 
 
 class FormFile(_Model):
     """A form file."""
 
-    version: Literal[1] = Field(alias="peftc-form")
-    name: Word
-    doc: str = ""
-    paper: str = ""
-    args: dict[Name, Value | None] = {}
-    params: dict[Name, ParamFile] = {}
-    let: dict[Name, Expression] = {}
-    dh: Expression | None = None
-    attend: AttendFile | None = None
+    version: Literal[1] = Field(alias="peftc-form", description="the format of form files; this peftc reads 1")
+    name: Word = Field(description="the form's name, that of its file")
+    doc: str = Field("", description="what the form computes, in a sentence")
+    paper: str = Field("", description="where the form comes from")
+    args: dict[Name, Value | None] = Field({}, description=_ARGS)
+    params: dict[Name, ParamFile] = Field({}, description=_PARAMS)
+    let: dict[Name, Expression] = Field({}, description=_LET)
+    dh: Expression | None = Field(None, description="dh as an expression in x, the parameters and `let` names")
+    attend: AttendFile | None = Field(None, description=_ATTEND)
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:
     """The keys of a mapping as they are written in a file."""
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return list(_fields(model))
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def check(tree: MappingNode, model: type[BaseModel], collector: Collector) -> MappingNode:
@@ -140,11 +167,24 @@ def check(tree: MappingNode, model: type[BaseModel], collector: Collector) -> Ma
             known = keys_of(_model_at(model, tuple(owner)))
             help = help or did_you_mean(str(wrong), known)
             meant |= {(*owner, key) for key in known if help == f"did you mean `{key}`?"}
+        help = help or _told(model, complaint.path)
         if complaint.path not in meant:  # a misspelt key is not missing as well
             collector.error(complaint.code, complaint.message, span=complaint.span, help=help)
     pruned = without(tree, {complaint.path for complaint in found if complaint.code == "E009"})
     assert isinstance(pruned, MappingNode)
     return pruned
+
+
+def _told(model: type[BaseModel], path: Path) -> str | None:
+    """What the key at the end of `path` is for."""
+    owner, key = path[:-1], path[-1] if path else ""
+    field = _fields(_model_at(model, owner)).get(str(key)) if isinstance(key, str) and _is_model(owner) else None
+    return f"`{key}`: {field.description}" if field and field.description else None
+
+
+def _is_model(path: Path) -> bool:
+    """Whether the mapping at `path` has the keys of a model, and not names of the user's."""
+    return not path or path[-1] not in ("params", "deltas", "hyper", "let", "args", "with")
 
 
 def _model_at(root: type[BaseModel], path: Path) -> type[BaseModel]:

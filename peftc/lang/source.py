@@ -24,13 +24,16 @@ import yaml
 from peftc.diagnostics import Collector, Span, fail
 from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode, resolve_plain
 
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 128 * 1024
 MAX_EVENTS = 20_000
 MAX_DEPTH = 32
 MAX_ALIASES = 64
-MAX_NODES = 20_000
-"""Nodes of the tree with every alias written out."""
+MAX_ENTRIES = 512
+"""Keys of one mapping, or items of one list."""
+MAX_SIZE = 20_000
+"""Nodes of the tree with every alias written out; a long scalar counts as one more for every 8 characters."""
 
+_PAGE = "a rule is a page of text: is this the file?"
 _BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
 
 
@@ -43,9 +46,7 @@ def read_text(path: str | os.PathLike[str], shown: str | None = None) -> str:
     except OSError as error:
         fail("E001", f"cannot read {name}: {error.strerror or error}")
     if len(data) > MAX_BYTES:
-        fail(
-            "E017", f"{name} is larger than {MAX_BYTES // 1024} KiB", help="a rule is a page of text: is this the file?"
-        )
+        fail("E017", f"{name} is larger than {MAX_BYTES // 1024} KiB", help=_PAGE)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -62,7 +63,7 @@ def compose(text: str, file: str, collector: Collector) -> Node:
     speak of raises: E001 (not YAML) and E017 (too large, too deep, too many aliases).
     """
     if len(text) > MAX_BYTES:
-        fail("E017", f"{file} is larger than {MAX_BYTES // 1024} KiB")
+        fail("E017", f"{file} is larger than {MAX_BYTES // 1024} KiB", help=_PAGE)
     return _Composer(text.removeprefix("\ufeff"), file, collector).document()
 
 
@@ -109,7 +110,7 @@ class _Composer:
         self.events += 1
         event = next(self.stream)
         if self.events > MAX_EVENTS:
-            fail("E017", f"more than {MAX_EVENTS} YAML nodes", span=self._span(event))
+            fail("E017", f"more than {MAX_EVENTS} YAML nodes", span=self._span(event), help=_PAGE)
         return event
 
     def _node(self, event: yaml.Event) -> Node:
@@ -130,27 +131,27 @@ class _Composer:
             return self._scalar(event)
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            fail("E017", f"nested deeper than {MAX_DEPTH} levels", span=self._span(event))
+            fail("E017", f"nested deeper than {MAX_DEPTH} levels", span=self._span(event), help=_PAGE)
         node = self._sequence(event) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(event)
         self.depth -= 1
-        if node.size > MAX_NODES:
-            fail("E017", f"more than {MAX_NODES} values once aliases are written out", span=node.span)
+        if node.size > MAX_SIZE:
+            fail("E017", "too much text once aliases are written out", span=node.span, help=_PAGE)
         return node
 
     def _alias(self, event: yaml.AliasEvent) -> Node:
         self.aliases += 1
         span = self._span(event)
         if self.aliases > MAX_ALIASES:
-            fail("E017", f"more than {MAX_ALIASES} aliases", span=span)
+            fail("E017", f"more than {MAX_ALIASES} aliases", span=span, help="write the values themselves")
         if event.anchor not in self.anchors:
             quote = "quote a value that starts with `*`"
             fail("E001", f"alias `*{event.anchor}` names no anchor", span=span, help=quote)
         node = self.anchors[event.anchor]
         if node is None:
-            fail("E017", f"alias `*{event.anchor}` holds itself", span=span)
+            fail("E017", f"alias `*{event.anchor}` holds itself", span=span, help="write the value itself")
         if isinstance(node, ScalarNode):
             start, end = event.start_mark.index, event.end_mark.index
-            return ScalarNode(node.text, node.value, span, start, end, exact=False)
+            return ScalarNode(node.text, node.value, span, start, end, exact=False, size=node.size)
         return node
 
     def _scalar(self, event: yaml.ScalarEvent) -> ScalarNode:
@@ -161,16 +162,19 @@ class _Composer:
             self._not_yaml("a control character", span)
         value = event.value if event.style else resolve_plain(event.value)
         if isinstance(value, float) and not math.isfinite(value):
-            self.collector.error("E009", f"`{event.value}` is not a finite number", span=span)
+            message = f"`{event.value}` is not a finite number"
+            self.collector.error("E009", message, span=span, help="quote it if the word is meant")
             value = 1
         written = self.text[start:end]
         exact = (written[1:-1] if quoted else written) == event.value and "\n" not in written
-        return ScalarNode(event.value, value, span, start, end, exact, shared=event.anchor is not None)
+        shared, size = event.anchor is not None, 1 + len(event.value) // 8
+        return ScalarNode(event.value, value, span, start, end, exact, shared, size)
 
     def _sequence(self, event: yaml.SequenceStartEvent) -> SequenceNode:
         items: list[Node] = []
         while not isinstance(inner := self._next(), yaml.SequenceEndEvent):
             items.append(self._node(inner))
+            self._refuse_crowd(len(items), inner, "items of one list")
         return SequenceNode(tuple(items), self._span(event, inner), 1 + sum(item.size for item in items))
 
     def _mapping(self, event: yaml.NodeEvent) -> MappingNode:
@@ -180,8 +184,10 @@ class _Composer:
             key = self._node(inner)
             value = self._node(self._next())
             size += 1 + value.size
+            self._refuse_crowd(len(entries) + 1, inner, "keys of one mapping")
             if not isinstance(key, ScalarNode):
-                self.collector.error("E009", "a key must be a word", span=key.span)
+                help = "quote an expression that starts with `{` or `[`"
+                self.collector.error("E009", "a key must be a word", span=key.span, help=help)
             elif key.text in entries:
                 first = entries[key.text][0].span
                 message = f"duplicate key `{key.text}`"
@@ -189,6 +195,10 @@ class _Composer:
             else:
                 entries[key.text] = (key, value)
         return MappingNode(entries, self._span(event, inner), size)
+
+    def _refuse_crowd(self, count: int, event: yaml.Event, what: str) -> None:
+        if count > MAX_ENTRIES:
+            fail("E017", f"more than {MAX_ENTRIES} {what}", span=self._span(event), help=_PAGE)
 
     def _refuse_tag(self, event: yaml.NodeEvent) -> None:
         tag = getattr(event, "tag", None)

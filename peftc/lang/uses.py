@@ -74,7 +74,7 @@ class FormUse:
             if not isinstance(given, str):
                 if name not in OPS:
                     message = f"`{name}` is called, but is {str(given).lower()} and not the name of an op"
-                    self.collector.error("E007", message, span=span)
+                    self.collector.error("E007", message, span=span, help="as in f: relu; `peftc ops` lists the ops")
                 continue
             op = OPS.get(given)
             if op is None:
@@ -83,7 +83,7 @@ class FormUse:
                 self.collector.error("E007", message, span=span, help=did_you_mean(given, known))
             elif not op.arity[0] <= len(node.args) <= op.arity[1]:
                 message = f"`{op.name}` takes {count(op)}; the form calls `{name}` with {len(node.args)}"
-                self.collector.error("E012", message, span=span)
+                self.collector.error("E012", message, span=span, help=f"{op.name}: {op.doc}")
 
     def _resolved(self, name: str) -> tuple[Scalar, Span | None]:
         """The value of a called name and its place: with > hyper > the form's default."""
@@ -96,6 +96,10 @@ class FormUse:
             name = given.tree.id if isinstance(given.tree, ast.Name) else ""
         if name in self.hypers:
             return self.hypers[name].value, self.hypers[name].span
+        form = self.node.get("form")
+        written = form.get("args") if isinstance(form, MappingNode) else None
+        if isinstance(written, MappingNode) and name in written.entries:
+            span = written.entries[name][1].span
         return self.form.args.get(name), span
 
 
@@ -114,16 +118,18 @@ def check_composition(delta: Delta, collector: Collector) -> None:
     heads = delta.at == ("attention",) and delta.modify == ("heads",)
     if attends and not heads and delta.at:
         message = "a form with `attend` stands only `at: attention` with `modify: heads`"
-        collector.error("E024", message, span=delta.span_at("modify"))
+        help = "use a form that computes `dh`, such as `bottleneck`, at other places"
+        collector.error("E024", message, span=delta.span_at("modify"), help=help)
     elif named == "gate" and not attends:
         message = "`gate` weighs two attentions and needs a form with `attend`"
         help = "use form `prefix`, or write the gate as an expression"
         collector.error("E024", message, span=delta.compose.span, help=help)
     elif named == "prepend" and (delta.at, delta.modify) != (("model",), ("embeddings",)):
         message = "`prepend` stands only `at: model` with `modify: embeddings`"
-        collector.error("E024", message, span=delta.compose.span)
+        collector.error("E024", message, span=delta.compose.span, help="to add dh to h write `h + dh`")
     if delta.lower is not None and not attends:
-        collector.error("E024", "`lower` is for forms with `attend`", span=delta.span_at("lower"))
+        help = "leave `lower` out: this form is written into the graph as it is"
+        collector.error("E024", "`lower` is for forms with `attend`", span=delta.span_at("lower"), help=help)
 
 
 def size_names(param: Param) -> dict[str, bool]:
