@@ -21,6 +21,7 @@ from peftc.ir.builder import Builder, latest
 from peftc.ir.prepend import prepend
 from peftc.ir.program import Insertion, Program
 from peftc.ir.sites import Tap
+from peftc.lang.expr import names_in
 from peftc.lang.lower import Lowering
 from peftc.plan import Edit, Plan, input_tap
 
@@ -87,7 +88,15 @@ class _Inserter:
         """The first place where every operand exists."""
         operands = [self.tap.current(self.program), *extra]
         operands += [node for node in self.parameters.values() if node is not None]
-        return latest(self.program.graph, [*operands, *self.program.bindings])
+        start = latest(self.program.graph, [*operands, *self.program.bindings])
+        self._refuse_late(start)
+        return start
+
+    def _refuse_late(self, start: fx.Node) -> None:
+        """h' must be there before anything reads it."""
+        before = self.tap.current(self.program)
+        if self.tap.user is None and any(user < start for user in before.users):
+            self._refuse(f"it reads a value that is computed only after `{self.edit.tap}` is used")
 
     def _lowering(self, builder: Builder, tensors: dict[str, fx.Node | None]) -> Lowering:
         env: dict[str, Any] = {**self.edit.statics, **self.parameters, **tensors}
@@ -98,19 +107,23 @@ class _Inserter:
         return dtypes[0] if dtypes else None
 
     def _names(self) -> set[str]:
-        """Every name the delta's expressions mention."""
+        """Every value the delta's expressions read."""
         form, delta = self.delta.form, self.delta
         exprs = [*form.let.values(), *delta.let.values(), delta.compose]
         exprs += [form.dh] if form.dh is not None else []
         exprs += [form.attend.keys, form.attend.values] if form.attend is not None else []
-        return {n.id for expr in exprs for n in ast.walk(expr.tree) if isinstance(n, ast.Name)}
+        return set().union(*(names_in(expr) for expr in exprs))
+
+    def _taps(self) -> dict[str, Tap]:
+        """The site's taps that the delta mentions, where no parameter or static value bears the name."""
+        taken = {*self.parameters, *self.edit.statics, "x", "h"}
+        names = self._names() - taken
+        return {name: tap for name, tap in self.edit.site.taps.items() if name in names}
 
     def _tensors(self, builder: Builder, skip: str = "") -> dict[str, fx.Node | None]:
         """x, h and the site's taps that the delta mentions, cast once to the dtype of its parameters."""
-        site, names = self.edit.site, self._names()
-        wanted = {name: tap for name, tap in site.taps.items() if name in names and name not in ("x", "h", skip)}
-        taken = {*self.parameters, *self.edit.statics}
-        wanted = {name: tap for name, tap in wanted.items() if name not in taken}
+        site = self.edit.site
+        wanted = {name: tap for name, tap in self._taps().items() if name != skip}
         source = input_tap(self.delta, site, self.edit.tap)
         if source is not None and source != skip:
             wanted["x"] = site.taps[source]
@@ -126,8 +139,8 @@ class _Inserter:
             lowering.env[name] = lowering.lower(expr)
 
     def _operand_nodes(self) -> list[fx.Node]:
-        site, names = self.edit.site, self._names()
-        nodes = [tap.current(self.program) for name, tap in site.taps.items() if name in names and name != "x"]
+        site = self.edit.site
+        nodes = [tap.current(self.program) for tap in self._taps().values()]
         source = input_tap(self.delta, site, self.edit.tap)
         if source is not None:
             nodes.append(site.taps[source].current(self.program))

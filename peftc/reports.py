@@ -144,7 +144,13 @@ def render_deltas(console: Console, plan: Plan) -> None:
     for delta in plan.rule.deltas:
         own = {p.name: p.numel for e in plan.edits if e.delta is delta for p in e.parameters.values() if p is not None}
         place = f"{', '.join(delta.at)}.{', '.join(delta.modify)}"
-        table.add_row(delta.name, delta.form.name, place, str(len(plan.sites_of(delta.name))), f"{sum(own.values()):,}")
+        table.add_row(
+            delta.name,
+            delta.form.name or "(inline)",
+            place,
+            str(len(plan.sites_of(delta.name))),
+            f"{sum(own.values()):,}",
+        )
     console.print(table)
     if plan.trained:
         shown = ", ".join(plan.trained[:3]) + (f" and {len(plan.trained) - 3} more" if len(plan.trained) > 3 else "")

@@ -125,3 +125,16 @@ def _changes_nothing(program, plan, skeleton) -> bool:
     got = Executor(program, training=False, device=cpu).flat(state, inputs)
     want = Executor(plain, training=False, device=cpu).flat(state, inputs)
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_parameter_or_an_op_that_bears_a_taps_name_is_not_the_tap(bert, rule):
+    plan = rewrite(
+        bert, rule("{at: attention, modify: [q, k], insert: sequential, form: vector}")
+    )  # its parameter is v
+    assert len(plan.edits) == 4
+
+
+def test_a_delta_that_reads_what_comes_after_its_tap_is_refused(bert, rule):
+    form = "{expr: 'linear(v, W)', params: {W: {shape: [d_out, d_out], init: zeros}}}"
+    with pytest.raises(PeftcError, match="only after `q` is used"):
+        rewrite(bert, rule(f"{{at: attention, modify: q, insert: sequential, form: {form}}}"))
