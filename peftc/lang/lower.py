@@ -2,7 +2,8 @@
 
 Names resolve in an environment of nodes (tensors), static values (numbers, booleans, words) and None (a parameter
 whose condition is false). Arithmetic on static values is done here and leaves no node. Each op runs on fake tensors
-as it is written; what torch refuses is reported at the expression, with the shapes of both operands.
+as it is written; what torch refuses is reported at the expression, with the shapes of both operands. How each op is
+written stands in `peftc.lang.op_writers`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import fx
 from peftc.diagnostics import did_you_mean, fail
 from peftc.ir.builder import Builder
 from peftc.lang.grammar import MAX_EXPONENT
+from peftc.lang.op_writers import WRITERS
 from peftc.lang.rule import Expr
 
 aten = torch.ops.aten
@@ -169,9 +171,9 @@ class Lowering:
         name = node.func.id
         if isinstance(self.env.get(name), str):  # a word argument of the form, such as f: relu
             name = self.env[name]
-        write = _OPS.get(name)
+        write = WRITERS.get(name)
         if write is None:
-            fail("E007", f"unknown op `{name}`", span=self._span(node.func), help=did_you_mean(name, _OPS))
+            fail("E007", f"unknown op `{name}`", span=self._span(node.func), help=did_you_mean(name, WRITERS))
         args = [self._visit(arg) for arg in node.args]
         kwargs = {kw.arg: self._visit(kw.value) for kw in node.keywords if kw.arg}
         return self._guard(node, args, lambda: write(self.builder, *args, **kwargs))
@@ -208,76 +210,3 @@ def _transpose_hint(args: list[Value]) -> str | None:
     if len(right) == 2 and len(left) and left[-1] in (right[0], right[1]):
         return "the axes look swapped: transpose the second operand with `.T`? (linear takes W as [out, in])"
     return None
-
-
-def _unary(target: Any) -> Callable[..., fx.Node]:
-    return lambda builder, x: builder.call(target, x)
-
-
-def _reduce(target: Any) -> Callable[..., fx.Node]:
-    return lambda builder, x, dim=-1: builder.call(target, x, [dim], True)
-
-
-def _split_heads(builder: Builder, x: fx.Node, heads: int) -> fx.Node:
-    width = x.meta["val"].shape[-1] // heads
-    return builder.call(aten.transpose.int, builder.call(aten.unflatten.int, x, -1, [heads, width]), -3, -2)
-
-
-def _merge_heads(builder: Builder, x: fx.Node) -> fx.Node:
-    return builder.call(aten.flatten.using_ints, builder.call(aten.transpose.int, x, -3, -2), -2, -1)
-
-
-def _layer_norm(builder: Builder, x: fx.Node, weight: Value, bias: Value, eps: float = 1e-5) -> fx.Node:
-    return builder.call(aten.layer_norm.default, x, [x.meta["val"].shape[-1]], weight, bias, eps, False)
-
-
-def _rms_norm(builder: Builder, x: fx.Node, weight: Value, eps: float = 1e-6) -> fx.Node:
-    square = builder.call(aten.mean.dim, builder.call(aten.pow.Tensor_Scalar, x, 2), [-1], True)
-    scale = builder.call(aten.rsqrt.default, builder.call(aten.add.Tensor, square, eps))
-    return builder.call(aten.mul.Tensor, builder.call(aten.mul.Tensor, x, scale), weight)
-
-
-def _linear(builder: Builder, x: fx.Node, weight: fx.Node, bias: Value = None) -> fx.Node:
-    return builder.call(aten.linear.default, x, weight, bias)
-
-
-def _dropout(builder: Builder, x: fx.Node, p: float) -> fx.Node:
-    return builder.call(aten.dropout.default, x, float(p), True) if p else x
-
-
-_OPS: dict[str, Callable[..., Any]] = {
-    "linear": _linear,
-    "matmul": lambda b, x, y: b.call(aten.matmul.default, x, y),
-    "einsum": lambda b, spec, *xs: b.call(aten.einsum.default, spec, list(xs)),
-    "transpose": lambda b, x, i, j: b.call(aten.transpose.int, x, i, j),
-    "reshape": lambda b, x, sizes: b.call(aten.reshape.default, x, sizes),
-    "unsqueeze": lambda b, x, axis: b.call(aten.unsqueeze.default, x, axis),
-    "squeeze": lambda b, x, axis: b.call(aten.squeeze.dim, x, axis),
-    "concat": lambda b, *xs, dim=-1: b.call(aten.cat.default, list(xs), dim),
-    "stack": lambda b, *xs, dim=0: b.call(aten.stack.default, list(xs), dim),
-    "split_heads": _split_heads,
-    "merge_heads": _merge_heads,
-    "relu": _unary(aten.relu.default),
-    "gelu": _unary(aten.gelu.default),
-    "gelu_tanh": lambda b, x: b.call(aten.gelu.default, x, approximate="tanh"),
-    "silu": _unary(aten.silu.default),
-    "tanh": _unary(aten.tanh.default),
-    "sigmoid": _unary(aten.sigmoid.default),
-    "softplus": _unary(aten.softplus.default),
-    "identity": lambda b, x: x,
-    "softmax": lambda b, x, dim=-1: b.call(aten.softmax.int, x, dim),
-    "logsumexp": _reduce(aten.logsumexp.default),
-    "exp": _unary(aten.exp.default),
-    "log": _unary(aten.log.default),
-    "sqrt": _unary(aten.sqrt.default),
-    "rsqrt": _unary(aten.rsqrt.default),
-    "abs": _unary(aten.abs.default),
-    "sign": _unary(aten.sign.default),
-    "clamp": lambda b, x, low, high: b.call(aten.clamp.default, x, low, high),
-    "mean": _reduce(aten.mean.dim),
-    "sum": _reduce(aten.sum.dim_IntList),
-    "norm": lambda b, x, dim=-1: b.call(aten.linalg_vector_norm.default, x, 2, [dim], True),
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "dropout": _dropout,
-}
