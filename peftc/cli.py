@@ -23,7 +23,8 @@ import typer
 from typer.core import TyperGroup
 
 import peftc
-from peftc.diagnostics import Diagnostic, PeftcError, fail
+from peftc import commands
+from peftc.diagnostics import PeftcError, fail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +47,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PeftcError as error:
-            _print_diagnostics(error.diagnostics)
+            commands.print_diagnostics(error.diagnostics)
             failed_parity = any(d.code == "E039" for d in error.diagnostics)
             raise typer.Exit(PARITY_FAILED if failed_parity else USER_ERROR) from error
         except KeyboardInterrupt as stop:
@@ -227,6 +228,12 @@ def rules(as_json: JsonOption = False) -> None:
     console.print(table)
 
 
+app.command(epilog="Example: [bold]peftc check mine.yaml --model MODEL_DIR[/bold]")(commands.check)
+app.command(epilog="Example: [bold]peftc explain E012[/bold]")(commands.explain)
+app.command(epilog="Example: [bold]peftc ops[/bold]")(commands.ops)
+app.command(epilog="Example: [bold]peftc schema rule > rule.schema.json[/bold]")(commands.schema)
+
+
 def parse_sets(texts: list[str] | None) -> dict[str, str]:
     """`["r=64", "f=gelu"]` as `{"r": "64", "f": "gelu"}`; the last of equal names holds.
 
@@ -253,20 +260,6 @@ def _show(report: Report, *, as_json: bool = False) -> None:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print_diagnostics(diagnostics: tuple[Diagnostic, ...]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for position, diagnostic in enumerate(diagnostics):
-        headline, *rest = diagnostic.render().split("\n")
-        style = "bold red" if diagnostic.severity == "error" else "bold yellow"
-        text = Text.assemble(*([("\n", "")] if position else []), (headline, style))
-        for line in rest:
-            text.append(f"\n{line}", "cyan" if line.startswith("   = help") else "")
-        console.print(text)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ the rule that uses it must give that name as a hyperparameter, under `with:`, or
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from peftc.diagnostics import Collector, Span, fail
@@ -33,6 +34,14 @@ def parse_form(text: str, file: str) -> Form:
     form = read_form(tree, reader, scope, name=word(tree.get("name")) or "", file=file, key="dh")
     collector.raise_if_errors()
     return form
+
+
+_FORM_HEADER = re.compile(r"^['\"]?peftc-form['\"]?\s*:", re.MULTILINE)
+
+
+def is_form(text: str) -> bool:
+    """Whether a file is a form and not a rule, by its header; it need not be right otherwise."""
+    return _FORM_HEADER.search(text) is not None
 
 
 def check_version(tree: MappingNode, key: str, what: str) -> None:

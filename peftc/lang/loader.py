@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,11 @@ from peftc.lang.source import compose, read_text
 from peftc.lang.tree import MappingNode
 from peftc.lang.uses import size_names
 
-__all__ = ["form_names", "list_rules", "load_form", "load_rule", "parse_rule"]
+__all__ = ["form_names", "list_rules", "load_form", "load_rule", "parse_rule", "rule_source"]
+
+
+_MODELINE = re.compile(r"\A# yaml-language-server: \$schema=(?!/|\w+:)[^\r\n]*(\r\n|\r|\n)")
+"""A first line that names a schema by a path relative to the file: it leads nowhere from where the text is stored."""
 
 
 def load_rule(name_or_path: str | os.PathLike[str], sets: Mapping[str, object] | None = None) -> Rule:
@@ -36,15 +41,21 @@ def load_rule(name_or_path: str | os.PathLike[str], sets: Mapping[str, object] |
     A path is what ends in .yaml or .yml, holds a separator, or exists. Values of `sets` may be text.
     Raises `PeftcError` with every mistake: E018 when there is no such rule.
     """
+    text, file = rule_source(name_or_path)
+    return parse_rule(text, file, sets)
+
+
+def rule_source(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text of a rule file or of a rule of the library, and the file's name as the user sees it; E018, E001."""
     name = os.fspath(name_or_path)
     if _is_path(name):
         if not os.path.isfile(name):  # noqa: PTH113 -- unlike Path.is_file it refuses no name
             fail("E018", f"no rule file at `{shown(name)}`", help=_near_rule(Path(name).stem))
-        return parse_rule(read_text(name), name, sets)
+        return read_text(name), name
     found = rule_files().get(name)
     if found is None:
         fail("E018", f"no rule `{shown(name)}` in the library", help=did_you_mean(name, rule_files()))
-    return parse_rule(read(found), shown_file(found), sets)
+    return read(found), shown_file(found)
 
 
 def list_rules() -> list[Rule]:
@@ -83,7 +94,7 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
         word(tree.get("doc")) or "",
         word(tree.get("paper")) or "",
         file,
-        hypers.rewrite(text, tree.get("hyper"), values),
+        _MODELINE.sub("", hypers.rewrite(text, tree.get("hyper"), values)),
     )
 
 

@@ -155,7 +155,8 @@ class RowReader:
             reader.names(dh, scope)
             return Form("", dh=dh, file=self.file) if dh else None
         if name not in form_names():
-            help = did_you_mean(name, form_names())
+            tensor = name in {"x", "h", *_taps_of(node), *_keys(node, "let")}
+            help = f"as an expression: identity({name})" if tensor else did_you_mean(name, form_names())
             self.collector.error("E006", f"unknown form `{shown(name)}`", span=given.span, help=help)
             return None
         try:

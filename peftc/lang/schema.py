@@ -14,7 +14,6 @@ from pydantic.fields import FieldInfo
 
 from peftc.diagnostics import Collector, did_you_mean
 from peftc.lang.complaints import Path, complaints
-from peftc.lang.ops import INITS
 from peftc.lang.sites import SITES
 from peftc.lang.tree import MappingNode, plain, without
 
@@ -46,7 +45,9 @@ class ParamFile(_Model):
     """A tensor of a delta."""
 
     shape: list[Expression] = Field(description="a list of sizes over hyperparameters and dimensions: [r, d_in]")
-    init: Expression = Field(description="its initial value: a number, or one of " + ", ".join(INITS))
+    init: Expression = Field(
+        description="its initial value: a number, or zeros, normal(0.02), ...; `peftc ops` lists them"
+    )
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = Field(
         None, description="its type; float32 where nothing is said"
     )

@@ -23,7 +23,7 @@ def packages_on_disk() -> set[str]:
     folders = [("peftc", ROOT / "peftc"), ("peftc.passes", ROOT / "passes"), ("peftc.rules", ROOT / "rules")]
     packages = set()
     for name, folder in folders:
-        for file in [*folder.rglob("*.py"), *folder.rglob("*.yaml")]:
+        for file in [*folder.rglob("*.py"), *folder.rglob("*.yaml"), *folder.rglob("*.json")]:
             packages.add(".".join([name, *file.parent.relative_to(folder).parts]))
     return packages
 

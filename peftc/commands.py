@@ -1,0 +1,126 @@
+"""Commands about the rule language itself: check, explain, ops, schema. None needs a model, and none writes a file.
+
+$ peftc check mine.yaml
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftc.diagnostics import MOST_SHOWN, Diagnostic, and_more
+
+STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+
+
+class Format(str, Enum):
+    """How `check` writes what it found."""
+
+    text = "text"
+    json = "json"
+    github = "github"
+    sarif = "sarif"
+
+
+class FileKind(str, Enum):
+    """The kinds of files that have a schema."""
+
+    rule = "rule"
+    form = "form"
+
+
+def check(
+    rules: Annotated[list[str], typer.Argument(metavar="RULE...", help="Rule or form files, or names of the library.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="Check against this model directory as well.")
+    ] = None,
+    head: Annotated[str | None, typer.Option("--head", metavar="HEAD", help="The model's class; see `apply`.")] = None,
+    num_labels: Annotated[int | None, typer.Option("--num-labels", min=1, help="Classes of a new head.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Set a hyperparameter of each rule; may be repeated."),
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to print what is found.")] = Format.text,
+) -> None:
+    """Tell every mistake of rule files at once, and what they declare but do not use. Exit code 2 for mistakes."""
+    from peftc import check_formats
+    from peftc.check import check as run
+    from peftc.cli import USER_ERROR, parse_sets
+
+    report = run(rules, parse_sets(sets), model=model, head=head, num_labels=num_labels)
+    if form is Format.text:
+        blocks = [file.diagnostics for file in report.files if file.diagnostics]
+        for position, diagnostics in enumerate(blocks):
+            print_diagnostics(diagnostics, stderr=False, apart=position > 0)
+    else:
+        write = {"json": check_formats.as_json, "github": check_formats.as_github, "sarif": check_formats.as_sarif}
+        text = write[form.value](report)
+        if text:
+            typer.echo(text)
+    typer.echo(report.summary, err=True)
+    if report.errors:
+        raise typer.Exit(USER_ERROR)
+
+
+def explain(
+    code: Annotated[str | None, typer.Argument(metavar="[CODE]", help="A code, such as E012 or W001.")] = None,
+) -> None:
+    """Explain a code with a wrong and a right example; without one, list the codes."""
+    from peftc.explain import ENTRIES
+    from peftc.explain import explain as find
+
+    if code is not None:
+        typer.echo(find(code).render())
+        return
+    for entry in ENTRIES.values():
+        typer.echo(f"{entry.code}  {entry.title}")
+
+
+def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False) -> None:
+    """List what expressions can call: ops for tensors, functions for sizes, and values for `init`."""
+    from peftc.lang.grammar import STATIC_CALLS, count
+    from peftc.lang.ops import INITS, OPS
+
+    tables = {"ops": OPS, "sizes": STATIC_CALLS, "inits": INITS}
+    if as_json:
+        found = {kind: [asdict(op) for op in table.values()] for kind, table in tables.items()}
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    width = max(len(name) for table in tables.values() for name in table)
+    titles = {"ops": "Ops, in `form`, `compose` and `let`", "sizes": "In sizes and conditions", "inits": "In `init`"}
+    for position, (kind, table) in enumerate(tables.items()):
+        typer.echo(("\n" if position else "") + f"{titles[kind]}:\n")
+        for op in table.values():
+            arguments = count(op).removesuffix("s").removesuffix(" argument") if op.arity[1] else "-"
+            keywords = f" [{', '.join(op.keywords)}]" if op.keywords else ""
+            typer.echo(f"  {op.name:<{width}}  {arguments + keywords:<12}  {op.doc}")
+
+
+def schema(
+    kind: Annotated[FileKind, typer.Argument(metavar="[rule|form]", help="Which kind of file.")] = FileKind.rule,
+) -> None:
+    """Print the JSON Schema of rule or form files, for editors."""
+    from peftc.lang.json_schema import schema_text
+
+    typer.echo(schema_text(kind.value), nl=False)
+
+
+def print_diagnostics(diagnostics: tuple[Diagnostic, ...], *, stderr: bool = True, apart: bool = False) -> None:
+    """Print diagnostics in colour where there is a terminal, the first 50 of them; `apart` starts with a blank line."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    for position, diagnostic in enumerate(diagnostics[:MOST_SHOWN]):
+        headline, *rest = diagnostic.render().split("\n")
+        text = Text.assemble(*([("\n", "")] if position or apart else []), (headline, STYLES[diagnostic.severity]))
+        for line in rest:
+            text.append(f"\n{line}", "cyan" if line.startswith("   = help") else "")
+        console.print(text)
+    if len(diagnostics) > MOST_SHOWN:
+        console.print(f"\n{and_more(len(diagnostics) - MOST_SHOWN)}")

@@ -1,0 +1,79 @@
+"""JSON Schema of rule and form files, for completion and hover text in editors.
+
+Generated from `peftc.lang.schema` and shipped in `rules/schema/`; a rule names it in its first line:
+
+    # yaml-language-server: $schema=schema/rule.schema.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from peftc.lang.schema import FormFile, RuleFile
+from peftc.lang.sites import COMPOSITIONS, INSERTIONS, SITES, TAPS
+
+KINDS = {"rule": (RuleFile, "A rule of peftc"), "form": (FormFile, "A functional form of peftc")}
+
+
+def schema_text(kind: str) -> str:
+    """The schema of `rule` or `form` files as it is shipped."""
+    model, title = KINDS[kind]
+    schema = _tidied(model.model_json_schema(by_alias=True))
+    _add_words(schema)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
+    return json.dumps({**head, **schema}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _tidied(node: Any, *, names: bool = False) -> Any:
+    """The schema without generated titles and null defaults, and with every unknown key refused."""
+    if isinstance(node, list):
+        return [_tidied(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if names:  # the keys are names of fields or models, and a field may well be called `title`
+        return {key: _tidied(value) for key, value in node.items()}
+    kept: dict[str, Any] = {}
+    for key, value in node.items():
+        if key != "title" and not (key == "default" and value in (None, "", {}, [])):
+            kept[key] = value if key == "default" else _tidied(value, names=key in ("properties", "$defs"))
+    if "patternProperties" in kept:
+        kept["additionalProperties"] = False
+    return kept
+
+
+def _add_words(schema: dict[str, Any]) -> None:
+    """The words an editor can offer: closed lists where nothing else is right, else beside any text."""
+    row = schema["$defs"].get("DeltaFile", {}).get("properties", {})
+    parameter = schema["$defs"]["ParamFile"]["properties"]
+    for key, words, change in (
+        ("at", SITES, _closed),
+        ("modify", sorted(TAPS), _closed),
+        ("insert", [*INSERTIONS, *sorted(TAPS)], _closed),
+        ("compose", ["h + dh", *COMPOSITIONS], _offered),
+    ):
+        if key in row:
+            row[key] = change(row[key], list(words))
+    parameter["init"] = _offered(parameter["init"], ["zeros", "ones", "kaiming_uniform", "normal(0.02)"])
+
+
+def _closed(node: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """Every string in `node` must be one of `words`."""
+    return _map_strings(node, lambda text: {"type": "string", "enum": words})
+
+
+def _offered(node: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """Strings in `node` may be any text, and editors offer `words`."""
+    return {**node, "anyOf": [{"type": "string", "enum": words}, *node["anyOf"]]}
+
+
+def _map_strings(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    if isinstance(node, list):
+        return [_map_strings(item, change) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "string":
+        kept = {key: node[key] for key in ("description", "default") if key in node}
+        return {**kept, **change(node)}
+    return {key: _map_strings(value, change) for key, value in node.items()}
