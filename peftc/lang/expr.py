@@ -41,7 +41,8 @@ def parse(
     source = text.replace("\n", " ").replace("\r", " ").replace("\t", " ")
     lead = len(source) - len(source.lstrip())
     if span is not None and exact:
-        span = Span(span.file, span.line, span.col + lead, span.col + len(source.rstrip()), span.text)
+        start, end = (lead, len(source.rstrip())) if source.strip() else (0, 1)
+        span = Span(span.file, span.line, span.col + start, span.col + end, span.text)
     source = source.strip()
     expr = Expr(source, tree_of(source, span, exact), span, exact)
     collector = Collector()

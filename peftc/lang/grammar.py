@@ -88,14 +88,23 @@ def tree_of(source: str, span: Span | None, exact: bool) -> ast.expr:
         reason, at = error.msg or "", max(0, min((error.offset or 1) - 1, len(source)))
         if "too many nested" in reason:
             fail("E017", "the expression is nested too deep", span=span, help="name parts under `let:`")
+        for symbol, word in (("&&", "and"), ("||", "or")):
+            if symbol in source:
+                at = source.index(symbol)
+                fail("E011", f"`{symbol}` is not admitted", span=_token(place, at, at + 2), help=f"write `{word}`")
         if "was never closed" in reason:
             help = "inside YAML's `{ }` and `[ ]`, quote an expression that holds a comma"
             fail("E011", f"`{source[at : at + 1]}` is never closed", span=_token(place, at, at + 1), help=help)
-        fail("E011", "this is not an expression", span=_token(place, at, at + 1), help="as in `h + s * dh`")
+        fail("E011", "this is not an expression", span=_token(place, at, at + 1), help=_syntax_help(source, at))
     except ValueError as error:  # an integer literal beyond Python's digit limit
         fail("E017", f"the expression cannot be read: {error}", span=span)
     _check_depth(tree, span)
     return tree
+
+
+def _syntax_help(source: str, at: int) -> str:
+    assigns = "=" in source[at : at + 2] and "==" not in source[at : at + 2]
+    return "give the value alone: `h + dh`, not `h = h + dh`" if assigns else "as in `h + s * dh`"
 
 
 def _check_depth(tree: ast.AST, span: Span | None) -> None:
@@ -183,7 +192,8 @@ class _Checker:
         symbol = between.strip("() ")
         start += between.index(symbol)
         span = _token(self.expr, start, start + len(symbol))
-        self.collector.error("E011", f"`{symbol}` is not admitted", span=span, help=_ADMITTED[self.mode])
+        help = "a power is written `**`" if symbol == "^" else _ADMITTED[self.mode]
+        self.collector.error("E011", f"`{symbol}` is not admitted", span=span, help=help)
 
     def _compare(self, node: ast.Compare) -> None:
         for operator in node.ops:
@@ -258,7 +268,9 @@ class _Checker:
         elif name not in known:
             callable_words = [w for w, value in self.words.items() if value in OPS] if self.mode == "tensor" else []
             near = did_you_mean(name, [*known, *callable_words]) or ""
-            if name in COMPOSITIONS:
+            if name in ("x", "h", "dh") or isinstance(self.words.get(name), (int, float)):
+                help = f"`{name}` is no op: to multiply, write `{name} * ...`"
+            elif name in COMPOSITIONS:
                 help = f"`{name}` is a composition by itself: compose: {name}"
             else:
                 help = (

@@ -21,6 +21,8 @@ from peftc.lang.tree import MAX_DIGITS, MappingNode, Node, ScalarNode, resolve_p
 SIZES = frozenset({"r", "l"})
 """Names that are sizes wherever they stand."""
 
+_BOUND = "change the value, or the bound under `hyper:`"
+_SIZE = "a size is a whole number from 1 on, as in r: 8"
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
@@ -63,10 +65,10 @@ def check_size(hyper: Hyper, collector: Collector, *, whole: bool) -> None:
     if isinstance(size, bool) or not isinstance(size, (int, float)) or (whole and isinstance(size, float)):
         if whole:
             message = f"`{hyper.name}` is a size and must be a whole number, not {_shown(size)}"
-            collector.error("E014", message, span=hyper.span)
+            collector.error("E014", message, span=hyper.span, help=_SIZE)
     elif isinstance(size, int) and size < 1:
         message = f"`{hyper.name}` is {size}, but a size must be at least 1"
-        collector.error("E014", message, span=hyper.span)
+        collector.error("E014", message, span=hyper.span, help=_SIZE)
 
 
 def _hyper(name: str, entry: Node) -> Hyper | None:
@@ -129,13 +131,17 @@ def _check_bounds(hyper: Hyper, collector: Collector) -> None:
             collector.error("E014", message, span=hyper.span, help="bounds are for numbers: take them out")
         if hyper.name not in SIZES:
             return
+    elif hyper.min is not None and hyper.max is not None and hyper.min > hyper.max:
+        message = f"`{hyper.name}` can have no value: `min` is {hyper.min}, `max` is {hyper.max}"
+        collector.error("E014", message, span=hyper.span, help="exchange the bounds, or take one out")
+        return
     elif hyper.min is not None and hyper.value < hyper.min:
         message = f"`{hyper.name}` is {hyper.value}, but must be at least {hyper.min}"
-        collector.error("E014", message, span=hyper.span)
+        collector.error("E014", message, span=hyper.span, help=_BOUND)
         return
     elif hyper.max is not None and hyper.value > hyper.max:
         message = f"`{hyper.name}` is {hyper.value}, but must be at most {hyper.max}"
-        collector.error("E014", message, span=hyper.span)
+        collector.error("E014", message, span=hyper.span, help=_BOUND)
         return
     if hyper.name in SIZES:
         check_size(hyper, collector, whole=True)

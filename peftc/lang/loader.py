@@ -73,12 +73,12 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     if not isinstance(tree, MappingNode):
         fail("E009", "a rule must be a mapping of `key: value`", span=tree.span, help="it starts with `peftc: 1`")
     forms.check_version(tree, "peftc", "rule")
-    declared = tree.get("hyper")
+    declared, written = tree.get("hyper"), _written_params(tree)
     tree = check(tree, RuleFile, collector)
     values = hypers.resolve(tree.get("hyper"), sets or {}, collector)
     Reader(collector).fresh(tree.get("hyper"), "a hyperparameter", {})
     names = frozenset(declared.entries) if isinstance(declared, MappingNode) else frozenset[str]()
-    deltas = _deltas(tree, RowReader(file, values, names, collector))
+    deltas = _deltas(tree, RowReader(file, values, names, collector, written))
     _check_sizes(deltas, values, collector)
     train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
     if not tree.get("deltas") and not train and not collector.errors:
@@ -106,6 +106,16 @@ def _deltas(tree: MappingNode, reader: RowReader) -> tuple[Delta, ...]:
         if delta is not None:
             found.append(delta)
     return tuple(found)
+
+
+def _written_params(tree: MappingNode) -> dict[str, frozenset[str]]:
+    """The names under `params:` of each row."""
+    rows = tree.get("deltas")
+    found: dict[str, frozenset[str]] = {}
+    for name, (_, row) in rows.entries.items() if isinstance(rows, MappingNode) else ():
+        params = row.get("params") if isinstance(row, MappingNode) else None
+        found[name] = frozenset(params.entries) if isinstance(params, MappingNode) else frozenset()
+    return found
 
 
 def _check_sizes(deltas: tuple[Delta, ...], values: Mapping[str, Hyper], collector: Collector) -> None:

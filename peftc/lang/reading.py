@@ -132,6 +132,8 @@ def _help(name: str, scope: Scope) -> str | None:
         return f"write `{name.capitalize()}` in an expression"
     if name == "dh":
         return "`dh` is only known in `compose`"
+    if not scope.tensors and name in {*RESERVED, *TAPS}:
+        return f"`{name}` is a tensor; here stand numbers, hyperparameters, arguments and dimensions"
     near = did_you_mean(name, scope.static | scope.tensors) or ""
     if near.startswith("did"):
         return near

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peftc.diagnostics import Collector, PeftcError, Span, did_you_mean
 from peftc.lang.complaints import shown
@@ -34,12 +34,14 @@ class RowReader:
     declared: frozenset[str]
     """Names under `hyper:`, those with a wrong value too."""
     collector: Collector
+    written: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Each row's names under `params:`, those with a wrong value too."""
 
     def row(self, key: ScalarNode, node: MappingNode) -> Delta | None:
         """The delta of one row; None after an error that leaves no delta."""
         at, taps = self._sites(node), self._taps(node)
         arguments = self._arguments(node)
-        form = self._form(node, arguments)
+        form = self._form(node, arguments, self.written.get(key.text, frozenset()))
         reader = self._reader({**(form.args if form else {}), **_values(arguments)})
         scope = self._scope(node, form, arguments)
         taken = dict.fromkeys(self.declared, "a hyperparameter")
@@ -141,7 +143,7 @@ class RowReader:
                 found[name] = expr
         return found
 
-    def _form(self, node: MappingNode, arguments: Mapping[str, Scalar | Expr]) -> Form | None:
+    def _form(self, node: MappingNode, arguments: Mapping[str, Scalar | Expr], written: frozenset[str]) -> Form | None:
         given = node.get("form")
         if isinstance(given, MappingNode):
             return self._inline(node, given, arguments)
@@ -154,6 +156,8 @@ class RowReader:
             dh = reader.expr(given)
             reader.names(dh, scope)
             return Form("", dh=dh, file=self.file) if dh else None
+        if name in written:
+            return None  # a parameter whose own mistake is told
         if name not in form_names():
             tensor = name in {"x", "h", *_taps_of(node), *_keys(node, "let")}
             help = f"as an expression: identity({name})" if tensor else did_you_mean(name, form_names())

@@ -166,7 +166,7 @@ def check(tree: MappingNode, model: type[BaseModel], collector: Collector) -> Ma
         if complaint.code == "E003":
             *owner, wrong = complaint.path
             known = keys_of(_model_at(model, tuple(owner)))
-            help = help or did_you_mean(str(wrong), known)
+            help = help or _belongs(str(wrong)) or did_you_mean(str(wrong), known)
             meant |= {(*owner, key) for key in known if help == f"did you mean `{key}`?"}
         help = help or _told(model, complaint.path)
         if complaint.path not in meant:  # a misspelt key is not missing as well
@@ -176,8 +176,26 @@ def check(tree: MappingNode, model: type[BaseModel], collector: Collector) -> Ma
     return pruned
 
 
+def _belongs(key: str) -> str | None:
+    """Where a key stands that is right elsewhere."""
+    if key == "<<":
+        return "merge keys are not part of YAML 1.2: write the keys out"
+    for model, place in (
+        (DeltaFile, "in a row of `deltas`"),
+        (WhereFile, "under `where` of a row"),
+        (ParamFile, "in a parameter"),
+        (InlineForm, "under `form` of a row"),
+        (RuleFile, "at the top of a rule"),
+    ):
+        if key in _fields(model):
+            return f"`{key}` stands {place}"
+    return None
+
+
 def _told(model: type[BaseModel], path: Path) -> str | None:
     """What the key at the end of `path` is for."""
+    while path and isinstance(path[-1], int):  # an item of a list: the key of the list says what it is for
+        path = path[:-1]
     owner, key = path[:-1], path[-1] if path else ""
     field = _fields(_model_at(model, owner)).get(str(key)) if isinstance(key, str) and _is_model(owner) else None
     return f"`{key}`: {field.description}" if field and field.description else None

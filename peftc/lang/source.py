@@ -159,7 +159,7 @@ class _Composer:
         span = self._span(event)
         quoted = event.style in ("'", '"')
         if any(not (c.isprintable() or c in "\n\t\r") or "\ud800" <= c <= "\udfff" for c in event.value):
-            self._not_yaml("a control character", span)
+            self._not_yaml("a control character", span, "leave it out")
         value = event.value if event.style else resolve_plain(event.value)
         if isinstance(value, float) and not math.isfinite(value):
             message = f"`{event.value}` is not a finite number"
@@ -228,6 +228,8 @@ class _Composer:
 
     def _syntax_error(self, error: yaml.MarkedYAMLError) -> NoReturn:
         mark = error.problem_mark or error.context_mark
+        if "end of stream" in (error.problem or "") and error.context_mark is not None:
+            mark = error.context_mark  # where the quote was opened
         span = self._span_at(mark.line + 1, mark.column + 1) if mark else None
         problem = error.problem or "syntax error"
         if "tag" in problem:
@@ -242,6 +244,10 @@ def _syntax_help(problem: str) -> str | None:
         return "quote a value that holds `: `, and indent keys of one mapping alike"
     if "cannot start any token" in problem or "alphabetic or numeric" in problem:
         return "quote a value that starts with a character YAML reserves (* & @ % ` ! | >)"
+    if "<block end>" in problem:
+        return "indent keys of one mapping alike"
+    if "end of stream" in problem:
+        return "this quote is never closed"
     if "',' or" in problem:
         return "close each `{` and `[`, and put a comma between entries"
     return None

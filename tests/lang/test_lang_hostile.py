@@ -41,13 +41,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_crafted_rule_takes_less_than_two_seconds(name: str) -> None:
-    start = time.perf_counter()
+def test_crafted_rule_takes_less_than_two_seconds_of_work(name: str) -> None:
+    start = time.process_time()
     try:
         parse_rule(HOSTILE[name], "hostile.yaml")
     except PeftcError as error:
         assert len(error.diagnostics) <= 2 * MOST_TOLD
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_page_of_mistakes_is_printed_and_the_rest_counted() -> None:

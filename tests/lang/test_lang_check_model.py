@@ -1,0 +1,60 @@
+"""`peftc check --model`: what only a model can tell, at the line of the row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftc.check import check
+from peftc.diagnostics import Diagnostic, PeftcError
+
+HEAD = "peftc: 1\nname: t\nhyper: {r: 4}\ndeltas:\n"
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny BERT."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    directory = tmp_path_factory.mktemp("bert")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertForSequenceClassification(BertConfig(vocab_size=99, **sizes)).save_pretrained(directory)
+    return directory
+
+
+def told(rows: str, bert: Path, tmp_path: Path) -> list[Diagnostic]:
+    file = tmp_path / "t.yaml"
+    file.write_text(HEAD + rows, encoding="utf-8")
+    (checked,) = check([str(file)], model=bert).files
+    return list(checked.diagnostics)
+
+
+def test_notes_say_what_does_not_fold_and_what_starts_elsewhere(bert: Path, tmp_path: Path) -> None:
+    rows = (
+        "  folds: {at: attention, modify: [q, v], form: low_rank}\n"
+        "  widens: {at: ffn, modify: out, form: bottleneck, with: {f: gelu}, where: {layers: [0]}}\n"
+        "  stays: {at: ffn, modify: out, form: bottleneck, with: {f: relu}, where: {layers: [1]}}\n"
+        "  moves: {at: attention, modify: out, form: v, params: {v: {shape: [d_out], init: ones}}}\n"
+    ).replace("form: v,", 'form: "1 * v",')
+    found = told(rows, bert, tmp_path)
+    assert {d.severity for d in found} == {"note"}
+    assert [(d.code, d.span.line if d.span else 0) for d in found] == [("W011", 7), ("W012", 8)]
+    assert "delta `stays` does not fold into weights (1 site): `relu` is not affine" in found[0].message
+    assert found[1].message == "delta `moves` is not zero at its initial values (2 sites)"
+
+
+def test_row_that_matches_nothing_is_told_at_the_condition(bert: Path, tmp_path: Path) -> None:
+    (found,) = told("  a: {at: ffn, modify: out, form: bottleneck, where: {layers: [7]}}\n", bert, tmp_path)
+    assert (found.code, str(found.span)) == ("E020", f"{tmp_path / 't.yaml'}:5:63")
+
+
+def test_parameter_without_gradient_is_told_at_its_row(bert: Path, tmp_path: Path) -> None:
+    row = "  a: {at: ffn, modify: out, form: sign(v) * x, params: {v: {shape: [r * 8], init: ones}}}\n"
+    (found,) = told(row, bert, tmp_path)
+    assert (found.code, found.span.line if found.span else 0) == ("E024", 5)
+
+
+def test_wrong_model_is_told_once_for_all_rules(tmp_path: Path) -> None:
+    with pytest.raises(PeftcError, match="E030"):
+        check(["mam", "lora"], model=tmp_path / "nothing")

@@ -1,0 +1,165 @@
+"""20,000 mutated rules: each is read or told, none takes two seconds, and all of them little memory.
+
+Run with -s to see the figures. The mutations are drawn from a fixed seed: characters, lines and values changed,
+parts of other rules grafted in, parts repeated many times, nested deep, or made large.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from peftc.check import check
+from peftc.diagnostics import PeftcError
+from peftc.lang.lint import lint
+from peftc.lang.loader import parse_rule
+
+resource = pytest.importorskip("resource")
+
+ROOT = Path(__file__).parents[2]
+COUNT = 20_000
+RULES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "rules").glob("*.yaml"))]
+BAD = [path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parent / "golden").glob("*.yaml"))]
+PIECES = [
+    *"{}[]:,-?*&!|>'\"%@`#\n\t\\ .()+/=\x00\x1b\x85λ\ud800\U0001f600",
+    *(": ", "- ", "<<: *a", "&a ", "*a", "!!python/name:os.system ", "~", "null", "[[", "}}", "1e999", "0x", "-1", "0"),
+    *("r", "dh", "h", "lambda", "at: ffn", "\n  ", "---\n", "if", " if h else ", "**", "@", "x[0]", ".T", "None"),
+    *(
+        '"\\UFFFFFFFF"',
+        '"\\ud800"',
+        "%YAML 1.1\n",
+        "deltas:",
+        "form: ",
+        "relu(",
+        "9" * 30,
+        "\r\n",
+        "einsum('",
+        "x" * 300,
+    ),
+    *(
+        "__import__('os').system('true')",
+        "().__class__",
+        "{x.__class__}",
+        "%(r)s",
+        "lambda: 0",
+        "x := 1",
+        "9 ** 9 ** 9",
+    ),
+]
+WORDS = re.compile(r"[A-Za-z_]\w*|\d+(?:\.\d+)?")
+
+
+def mutant(random: random.Random) -> str:
+    text = random.choice(RULES if random.random() < 0.8 else BAD)
+    for _ in range(random.randint(1, 6)):
+        text = random.choice(MUTATIONS)(text, random)
+    return text[: 200 * 1024]
+
+
+def _change_characters(text: str, random: random.Random) -> str:
+    at = random.randint(0, len(text))
+    return text[:at] + random.choice(PIECES) + text[at + random.randint(0, 12) :]
+
+
+def _change_a_word(text: str, random: random.Random) -> str:
+    found = list(WORDS.finditer(text))
+    if not found:
+        return text
+    word, other = random.choice(found), random.choice(found)
+    replacement = random.choice([other.group(), word.group()[:-1], word.group() * 2, *random.sample(PIECES, 2)])
+    return text[: word.start()] + replacement + text[word.end() :]
+
+
+def _change_lines(text: str, random: random.Random) -> str:
+    lines = text.splitlines(keepends=True) or [""]
+    i, j = random.randrange(len(lines)), random.randrange(len(lines))
+    kind = random.randrange(4)
+    if kind == 0:
+        lines[i], lines[j] = lines[j], lines[i]
+    elif kind == 1:
+        del lines[i]
+    elif kind == 2:
+        lines.insert(j, lines[i])
+    else:
+        lines[i] = " " * random.randint(1, 4) + lines[i]
+    return "".join(lines)
+
+
+def _graft(text: str, random: random.Random) -> str:
+    other = random.choice(RULES)
+    start = random.randrange(len(other))
+    at = random.randint(0, len(text))
+    return text[:at] + other[start : start + random.randint(1, 200)] + text[at:]
+
+
+def _repeat(text: str, random: random.Random) -> str:
+    start = random.randint(0, len(text))
+    part = text[start : start + random.randint(1, 80)]
+    return text[:start] + part * random.choice([2, 5, 30, 400]) + text[start:]
+
+
+def _nest(text: str, random: random.Random) -> str:
+    at, depth = random.randint(0, len(text)), random.choice([3, 35, 300])
+    opening, closing = random.choice([("(", ")"), ("[", "]"), ("{a: ", "}"), ("-", ""), ("not ", ""), ("relu(", ")")])
+    return text[:at] + opening * depth + "x" + closing * depth + text[at:]
+
+
+MUTATIONS = [_change_characters] * 6 + [_change_a_word] * 6 + [_change_lines] * 3 + [_graft, _repeat, _nest]
+
+
+def told(text: str) -> str:
+    """`read`, or the first code; both the rule and its warnings must be had without another exception."""
+    for diagnostic in lint(text, "mutant.yaml"):
+        assert diagnostic.render()
+    try:
+        parse_rule(text, "mutant.yaml")
+    except PeftcError as error:
+        for diagnostic in error.diagnostics:
+            span = diagnostic.span
+            assert diagnostic.render()
+            assert span is None or (span.line >= 1 and 1 <= span.col < span.end_col)
+        return error.diagnostics[0].code
+    return "read"
+
+
+@pytest.mark.slow
+def test_no_mutant_crashes_takes_long_or_takes_much_memory() -> None:
+    draw = random.Random(20_000)
+    codes: Counter[str] = Counter()
+    longest, worst = 0.0, ""
+    start = time.perf_counter()
+    for _ in range(COUNT):
+        text = mutant(draw)
+        before = time.process_time()
+        codes[told(text)] += 1
+        seconds = time.process_time() - before
+        if seconds > longest:
+            longest, worst = seconds, text
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print(
+        f"\n{COUNT} mutants in {time.perf_counter() - start:.0f} s: longest {longest:.2f} s ({len(worst)} characters),"
+    )
+    print(f"peak memory {peak:.0f} MB; {codes['read']} read, told: {dict(sorted(codes.items()))}")
+    assert longest < 2
+    assert peak < 500
+
+
+def test_some_mutants_are_read_or_told() -> None:
+    draw = random.Random(0)
+    assert len({told(mutant(draw)) for _ in range(150)}) > 5
+
+
+def test_mutants_are_checked_as_files(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    files = []
+    for number in range(20):
+        file = tmp_path / f"{number}.yaml"
+        file.write_bytes(mutant(draw).encode("utf-8", "surrogatepass"))
+        files.append(str(file))
+    assert len(check(files).files) == 20
