@@ -194,13 +194,21 @@ def _called_with(model: PreTrainedModel, flags: Mapping[str, Any]) -> Iterator[N
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter warns that it is experimental at every call; peftc pins and tests the versions itself."""
+    """Keep transformers to itself: its reports, its progress bars, the exporter's notice that it is experimental.
+
+    peftc says what matters of that in its own reports, and pins and tests the versions.
+    """
+    from transformers.utils import logging as reports
+
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, bars = logger.level, reports.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    reports.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        if bars:
+            reports.enable_progress_bar()
