@@ -57,8 +57,9 @@ WORDS = re.compile(r"[A-Za-z_]\w*|\d+(?:\.\d+)?")
 
 def mutant(random: random.Random) -> str:
     text = random.choice(RULES if random.random() < 0.8 else BAD)
-    for _ in range(random.randint(1, 6)):
-        text = random.choice(MUTATIONS)(text, random)
+    gentle = random.random() < 0.7  # most stay YAML, and get as far as the language
+    for _ in range(random.randint(1, 4 if gentle else 6)):
+        text = random.choice(GENTLE if gentle else MUTATIONS)(text, random)
     return text[: 200 * 1024]
 
 
@@ -73,6 +74,17 @@ def _change_a_word(text: str, random: random.Random) -> str:
         return text
     word, other = random.choice(found), random.choice(found)
     replacement = random.choice([other.group(), word.group()[:-1], word.group() * 2, *random.sample(PIECES, 2)])
+    return text[: word.start()] + replacement + text[word.end() :]
+
+
+def _exchange_words(text: str, random: random.Random) -> str:
+    """Put a word of this or another rule, or a misspelt one, in the place of a word."""
+    found, others = list(WORDS.finditer(text)), WORDS.findall(random.choice(RULES))
+    if not found or not others:
+        return text
+    word = random.choice(found)
+    misspelt = word.group()[:1] + word.group()[2:] or "x"
+    replacement = random.choice([random.choice(found).group(), random.choice(others), random.choice(others), misspelt])
     return text[: word.start()] + replacement + text[word.end() :]
 
 
@@ -110,6 +122,7 @@ def _nest(text: str, random: random.Random) -> str:
     return text[:at] + opening * depth + "x" + closing * depth + text[at:]
 
 
+GENTLE = [_exchange_words] * 12 + [_change_lines]
 MUTATIONS = [_change_characters] * 6 + [_change_a_word] * 6 + [_change_lines] * 3 + [_graft, _repeat, _nest]
 
 
