@@ -173,7 +173,9 @@ def _scale(node: fx.Node, kinds: Kinds) -> Affine | None:
 
 
 def _on_last_axis(node: fx.Node) -> bool:
-    """A slice of the last axis, or its sum or mean, kept."""
+    """A slice of the last axis, entries of it in another order, or its sum or mean, kept."""
+    if is_call(node, aten.index_select.default):
+        return node.args[1] in (-1, _rank(node.args[0]) - 1)
     if is_call(node, aten.slice.Tensor):
         source, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
         return axis in (-1, _rank(source) - 1)

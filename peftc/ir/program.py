@@ -177,7 +177,11 @@ class Program:
         if existing is not None:
             return existing
         last = list(self.placeholders("parameter").values())[-1]
-        name = "p_" + "".join(c if c.isalnum() else "_" for c in parameter.name)
+        # torch.fx writes code with names in lower case, in which `B` and `b` would be one variable.
+        name = "p_" + "".join(c if c.isalnum() else "_" for c in parameter.name.lower())
+        taken = {str(word) for node in self.bindings for word in (node.name, node.target)}
+        while name in taken:
+            name += "_"
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
         with self.fake_mode:
