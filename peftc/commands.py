@@ -83,7 +83,8 @@ def explain(
 
 def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False) -> None:
     """List what expressions can call: ops for tensors, functions for sizes, and values for `init`."""
-    from peftc.lang.grammar import STATIC_CALLS, count
+    from peftc.lang.arguments import count
+    from peftc.lang.grammar import STATIC_CALLS
     from peftc.lang.ops import INITS, OPS
 
     tables = {"ops": OPS, "sizes": STATIC_CALLS, "inits": INITS}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftc.diagnostics import Collector, Span, did_you_mean, fail
+from peftc.lang.arguments import check_arguments
 from peftc.lang.ops import INITS, OPS, Op
 from peftc.lang.rule import Expr, Scalar
 from peftc.lang.sites import COMPOSITIONS
@@ -236,7 +237,7 @@ class _Checker:
             else:
                 self.node(keyword.value)
         if op is not None and not any(isinstance(a, ast.Starred) for a in arguments):
-            _check_arguments(self.expr, node, op, self.collector)
+            check_arguments(self.expr, node, op, self.collector)
 
     def _argument(self, op: Op | None, position: int, argument: ast.expr) -> None:
         spec = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
@@ -295,44 +296,4 @@ class _Checker:
             return
         for argument in call.args if call else ():
             _Checker(self.expr, "static", self.words, self.collector).node(argument)
-        _check_arguments(self.expr, call or node, INITS[name.id], self.collector)
-
-
-def count(op: Op) -> str:
-    """How many arguments `op` takes, in words."""
-    low, high = op.arity
-    if low == high:
-        return "1 argument" if low == 1 else f"{low} arguments"
-    return f"{low} to {high} arguments"
-
-
-def _check_arguments(expr: Expr, node: ast.expr, op: Op, collector: Collector) -> None:
-    """E012 when a call of `op` has a wrong number of arguments, a wrong keyword, or an einsum its operands."""
-    args = node.args if isinstance(node, ast.Call) else []
-    if not op.arity[0] <= len(args) <= op.arity[1]:
-        message = f"`{op.name}` takes {count(op)}, {len(args)} given"
-        collector.error("E012", message, span=expr.span_of(node), help=f"{op.name}: {op.doc}")
-        return
-    seen: set[str] = set()
-    for keyword in node.keywords if isinstance(node, ast.Call) else ():
-        if keyword.arg in seen:
-            message = f"`{keyword.arg}` is given twice"
-            collector.error("E012", message, span=expr.span_of(keyword), help="give it once")
-        elif keyword.arg is not None and keyword.arg not in op.keywords:
-            known = did_you_mean(keyword.arg, op.keywords) or f"`{op.name}` takes no keywords"
-            message = f"`{op.name}` has no keyword `{keyword.arg}`"
-            collector.error("E012", message, span=expr.span_of(keyword), help=known)
-        seen.add(keyword.arg or "")
-    if op.name == "einsum":
-        _check_einsum(expr, args, collector)
-
-
-def _check_einsum(expr: Expr, args: list[ast.expr], collector: Collector) -> None:
-    spec = args[0].value if isinstance(args[0], ast.Constant) else None
-    span = expr.span_of(args[0])
-    if not isinstance(spec, str):
-        collector.error("E011", "the first argument of `einsum` is its equation", span=span, help=OPS["einsum"].doc)
-    elif spec.partition("->")[0].count(",") + 2 != len(args):
-        operands = spec.partition("->")[0].count(",") + 1
-        message = f"the equation names {operands} operand{'s' if operands > 1 else ''}, {len(args) - 1} given"
-        collector.error("E012", message, span=span, help=f"as in {OPS['einsum'].doc}")
+        check_arguments(self.expr, call or node, INITS[name.id], self.collector)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peftc.diagnostics import Collector, Span, did_you_mean
+from peftc.lang.arguments import count
 from peftc.lang.complaints import shown
 from peftc.lang.expr import calls_in, name_nodes
 from peftc.lang.forms import expressions, needs
-from peftc.lang.grammar import count
 from peftc.lang.ops import OPS
 from peftc.lang.reading import words
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar
