@@ -25,11 +25,15 @@ def evaluate_constants(program: Program, insertions: list[Insertion], read: Read
     Raises `PeftcError` E042 when one holds NaN or infinity.
     """
     values: dict[str, torch.Tensor] = {}
+
+    def known(name: str) -> torch.Tensor:
+        return values[name] if name in values else read(name)  # a constant may be made of one that is stored by now
+
     for insertion in insertions:
         parameters = program.placeholders("parameter")
         owner = insertion.parameters[-1].rpartition(".")[0] if insertion.parameters else insertion.delta
         for node in _results(insertion, set(parameters.values())):
-            tensor = evaluate(program, node, {}, read).contiguous()
+            tensor = evaluate(program, node, {}, known).contiguous()
             if not torch.isfinite(tensor).all():
                 fail("E042", f"{node} of delta `{insertion.delta}` holds NaN or infinity", help="check the delta")
             name = _new_name(f"{owner}.{insertion.site.kind}_constant", {*parameters, *values})
