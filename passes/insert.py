@@ -250,7 +250,16 @@ class _Inserter:
         assert self.delta.form.dh is not None
         rows = lowering.tensor(self.delta.form.dh)
         before = self.tap.node
-        after = prepend(self.program, builder, before, rows)
+        try:
+            after = prepend(self.program, builder, before, rows)
+        except RuntimeError as error:  # the graph refuses the longer sequence, as a table of positions that ends does
+            fail(
+                "E024",
+                f"delta `{self.delta.name}`: the model takes no sequence that is {rows.meta['val'].shape[0]} longer: "
+                f"{str(error).splitlines()[0]}",
+                span=self.delta.span_at("compose"),
+                help="make the prompt shorter with --set; `max_position_embeddings` in config.json is a usual bound",
+            )
         self.program.replaced[before] = after
         return self._entry(builder, "prepend", before, after, None, rows, before, after)
 

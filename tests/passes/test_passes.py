@@ -138,3 +138,24 @@ def test_a_delta_that_reads_what_comes_after_its_tap_is_refused(bert, rule):
     form = "{expr: 'linear(v, W)', params: {W: {shape: [d_out, d_out], init: zeros}}}"
     with pytest.raises(PeftcError, match="only after `q` is used"):
         rewrite(bert, rule(f"{{at: attention, modify: q, insert: sequential, form: {form}}}"))
+
+
+def test_a_prompt_longer_than_the_models_positions_is_refused(rule):
+    import transformers
+
+    from peftc.frontend.trace import build_skeleton, default_inputs
+    from peftc.pipeline import analyse
+
+    config = transformers.BertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    skeleton = build_skeleton(transformers.BertModel, config)
+    program = analyse(skeleton, default_inputs(skeleton.model))
+    row = "{at: model, modify: embeddings, insert: sequential, form: prompt, compose: prepend, with: {l: 100}}"
+    with pytest.raises(PeftcError, match="takes no sequence that is 100 longer"):
+        rewrite(program, rule(row))
