@@ -50,7 +50,7 @@ _TABLE = (
     Op("tril", (1, 2), "the lower triangle, to the k-th diagonal: tril(x, -1)"),
     Op("skew", (1, 1), "the skew-symmetric matrix with v above its diagonal, [.., n (n - 1) / 2] to [.., n, n]"),
     Op("circulant", (1, 1), "row i is w turned by i places: entry (i, j) is w[(j - i) mod n], [.., n] to [.., n, n]"),
-    Op("orthonormal", (1, 1), "the rows made orthonormal one after the other (Gram and Schmidt); ONNX lacks it, so only of parameters"),
+    Op("orthonormal", (1, 1), "the rows made orthonormal, one after the other; ONNX lacks it, so only of parameters"),
     Op("solve", (2, 2), "A^-1 B for square A; ONNX lacks it, so only of parameters"),
     Op("inverse", (1, 1), "A^-1 for square A; ONNX lacks it, so only of parameters"),
     Op("fft_real", (1, 1), "real part of the discrete Fourier transform along the last axis, or dim", ("dim",)),
