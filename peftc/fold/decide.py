@@ -182,9 +182,7 @@ def _settle(reach: Reach, decision: Decision, of: Callable[[Insertion], Decision
     return decision if obstacle is None else _kept(decision.insertion, *obstacle)
 
 
-def _obstacle(
-    reach: Reach, decision: Decision, of: Callable[[Insertion], Decision]
-) -> tuple[str, fx.Node] | None:
+def _obstacle(reach: Reach, decision: Decision, of: Callable[[Insertion], Decision]) -> tuple[str, fx.Node] | None:
     insertion, ledger = decision.insertion, reach.program.ledger
     if decision.side == "parameter":
         node = insertion.site.taps[insertion.tap].node

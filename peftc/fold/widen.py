@@ -74,9 +74,7 @@ def find_widening(reach: Reach, insertion: Insertion) -> tuple[Widening | None, 
     inputs, difference = _match(program, site, streams, cut)
     if inputs is None:
         return None, f"its activation is not the FFN's own ({difference})"
-    obstacle = (
-        _missing_bias(site.linears, cut) or reach.shared(site.linears.values()) or _interleaved(reach, site)
-    )
+    obstacle = _missing_bias(site.linears, cut) or reach.shared(site.linears.values()) or _interleaved(reach, site)
     if obstacle:
         return None, obstacle
     rank = int(cut.activated.meta["val"].shape[-1])
@@ -130,9 +128,7 @@ def _plain(frontier: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
     return tuple(sorted(found))
 
 
-def _match(
-    program: Program, site: Site, streams: list[str], cut: _Cut
-) -> tuple[dict[str, fx.Node] | None, str]:
+def _match(program: Program, site: Site, streams: list[str], cut: _Cut) -> tuple[dict[str, fx.Node] | None, str]:
     """Pair the delta's frontier with the FFN's streams so that both activations agree on a grid of points."""
     points = _points(len(streams))
     feeds = {program.current(site.taps[name].node): points[i] for i, name in enumerate(streams)}

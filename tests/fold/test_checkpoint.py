@@ -103,9 +103,7 @@ def test_a_delta_that_yields_no_number_is_refused_and_leaves_no_directory(
 
 
 def test_a_prefix_from_an_mlp_is_constant_in_onnx_and_its_mlp_is_gone(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    found = merge(
-        "prefix_mlp", checkpoint("bert", torch.float32), tmp_path, frozenset({"onnx"}), set={"l": 3, "m": 5}
-    )
+    found = merge("prefix_mlp", checkpoint("bert", torch.float32), tmp_path, frozenset({"onnx"}), set={"l": 3, "m": 5})
     assert found.results == {"prefix": {"constant"}}
     names = _initializers(found)
     assert not [name for name in names if name.endswith((".E", ".W_1", ".b_1", ".W_2", ".b_2"))]

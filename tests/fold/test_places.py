@@ -208,4 +208,3 @@ def test_trained_base_tensors_and_deltas_on_them_both_reach_the_checkpoint(
     text = rule(deltas) + 'train: ["*.dense.bias"]\n'
     found = fold(text, checkpoint("bert"), tmp_path)
     assert found.difference <= 1e-10
-
