@@ -19,5 +19,4 @@ class Freeze:
     plan: Plan
 
     def apply(self, program: Program) -> None:
-        deltas = (name for name, parameter in self.plan.parameters.items() if not parameter.frozen)
-        program.trainable = frozenset((*deltas, *self.plan.trained))
+        program.trainable = self.plan.trainable

@@ -64,6 +64,11 @@ class Plan:
         return {p.name: p for edit in self.edits for p in edit.parameters.values() if p is not None}
 
     @property
+    def trainable(self) -> frozenset[str]:
+        """Names of the parameters that train: deltas that are not frozen, and base parameters the rule trains."""
+        return frozenset((*(name for name, p in self.parameters.items() if not p.frozen), *self.trained))
+
+    @property
     def base_count(self) -> int:
         return sum(self.base_sizes.values())
 
@@ -118,7 +123,8 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
                 help="`peftc sites` shows what the model has",
             )
         edits.extend(_edits(rule, delta, sites, dtype, collector))
-    trained = tuple(name for name in base if name in fresh or _is_trained(rule, name))
+    named = (name for name in base if name in fresh or _is_trained(rule, name))
+    trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
     for glob in rule.train:
         if not any(fnmatch.fnmatchcase(name, glob.pattern) for name in base):
             collector.error(

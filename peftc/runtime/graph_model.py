@@ -228,15 +228,14 @@ def _subclass(base: type[PreTrainedModel]) -> type[Any]:
 
 def attach(model: PreTrainedModel, surgery: Surgery, values: Mapping[str, torch.Tensor]) -> Any:
     """Turn `model` into a `GraphModel`: register the deltas with `values`, freeze all else but what the rule trains."""
-    for name, parameter in surgery.plan.parameters.items():
+    for name in surgery.plan.parameters:
         path, _, leaf = name.rpartition(".")
         owner = _container(model, path)
         value = values[name].to(device=model.device)
-        owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=not parameter.frozen))
-    trained = set(surgery.plan.trained)
-    for name, parameter in model.named_parameters():
-        if name not in surgery.plan.parameters:
-            parameter.requires_grad_(name in trained)
+        owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
+    model.requires_grad_(False)
+    for name in surgery.plan.trainable:
+        model.get_parameter(name).requires_grad_(True)
     model.__class__ = _subclass(surgery.base_class)
     model._surgery = surgery  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     # The Trainer, which resumes from what was saved, then misses no frozen tensor.

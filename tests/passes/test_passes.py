@@ -159,3 +159,11 @@ def test_a_prompt_longer_than_the_models_positions_is_refused(rule):
     row = "{at: model, modify: embeddings, insert: sequential, form: prompt, compose: prepend, with: {l: 100}}"
     with pytest.raises(PeftcError, match="takes no sequence that is 100 longer"):
         rewrite(program, rule(row))
+
+
+def test_training_a_tied_parameter_by_its_second_name_trains_the_one_there_is(gpt2, rule):
+    from peftc.lang.loader import parse_rule
+
+    plan = rewrite(gpt2, parse_rule('peftc: 1\nname: head\ntrain: ["lm_head.*"]\n', "test.yaml"))
+    assert plan.trained == ("transformer.wte.weight",)
+    assert plan.trained_count == 99 * 32
