@@ -20,10 +20,12 @@ from peftc.ir.attention import Region
 from peftc.ir.builder import Builder, latest
 from peftc.ir.prepend import prepend
 from peftc.ir.program import Insertion, Program
-from peftc.ir.sites import Tap
+from peftc.ir.sites import Site, Tap
 from peftc.lang.expr import names_in
 from peftc.lang.lower import Lowering
+from peftc.lang.rule import Delta
 from peftc.plan import Edit, Plan, input_tap
+from peftc.refer import Source
 
 aten = torch.ops.aten
 
@@ -94,9 +96,13 @@ class _Inserter:
 
     def _refuse_late(self, start: fx.Node) -> None:
         """h' must be there before anything reads it."""
-        before = self.tap.current(self.program)
-        if self.tap.user is None and any(user < start for user in before.users):
-            self._refuse(f"it reads a value that is computed only after `{self.edit.tap}` is used")
+        readers = [self.tap.user] if self.tap.user is not None else [*self.tap.current(self.program).users]
+        if not any(reader < start for reader in readers):
+            return
+        for source in self.edit.sources.values():
+            if any(reader < source.tap.current(self.program) for reader in readers):
+                refuse_source(self.delta, source, self.edit.tap, self.edit.site)
+        self._refuse(f"it reads a value that is computed only after `{self.edit.tap}` is used")
 
     def _lowering(self, builder: Builder, tensors: dict[str, fx.Node | None]) -> Lowering:
         env: dict[str, Any] = {**self.edit.statics, **self.parameters, **tensors}
@@ -116,7 +122,7 @@ class _Inserter:
 
     def _taps(self) -> dict[str, Tap]:
         """The site's taps that the delta mentions, where no parameter or static value bears the name."""
-        taken = {*self.parameters, *self.edit.statics, "x", "h"}
+        taken = {*self.parameters, *self.edit.statics, *self.edit.sources, "x", "h"}
         names = self._names() - taken
         return {name: tap for name, tap in self.edit.site.taps.items() if name in names}
 
@@ -127,6 +133,7 @@ class _Inserter:
         source = input_tap(self.delta, site, self.edit.tap)
         if source is not None and source != skip:
             wanted["x"] = site.taps[source]
+        wanted.update({name: source.tap for name, source in self.edit.sources.items()})
         dtype = self._dtype()
         tensors: dict[str, fx.Node | None] = {}
         for name, tap in wanted.items():
@@ -144,7 +151,7 @@ class _Inserter:
         source = input_tap(self.delta, site, self.edit.tap)
         if source is not None:
             nodes.append(site.taps[source].current(self.program))
-        return nodes
+        return [*nodes, *(source.tap.current(self.program) for source in self.edit.sources.values())]
 
     def _expression(self) -> Insertion:
         builder = self._builder(self._start(self._operand_nodes()))
@@ -223,6 +230,9 @@ class _Inserter:
 
     def _concat(self, region: Region) -> Insertion:
         start = latest(self.program.graph, [region.anchor.prev, *self.program.bindings])
+        for source in self.edit.sources.values():
+            if start < source.tap.current(self.program):
+                refuse_source(self.delta, source, "heads", self.edit.site)
         builder = self._builder(start)
         _, keys, values = self._prefix(builder)
         region.extend(builder, keys, values)
@@ -262,6 +272,14 @@ class _Inserter:
             )
         self.program.replaced[before] = after
         return self._entry(builder, "prepend", before, after, None, rows, before, after)
+
+
+def refuse_source(delta: Delta, source: Source, tap: str, site: Site) -> NoReturn:
+    """E024: a value of `from:` comes too late for a tap."""
+    reference = source.reference
+    message = f"`{reference.text}` is computed only after `{tap}` of {site.describe()} is used"
+    help = "a row can read what the model computes before the tap: an earlier layer, or an earlier part of this one"
+    fail("E024", f"delta `{delta.name}`: {message}", span=reference.span, help=help)
 
 
 def _sizes(shape: tuple[Any, ...]) -> str:

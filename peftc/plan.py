@@ -10,7 +10,7 @@ A rule that matches nothing is an error that shows the nearest miss; so is a par
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from peftc.ir.sites import Site
 from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
 from peftc.lang.static import evaluate_static
 from peftc.locate.walk import common_path
-from peftc.select import nearest_miss, selected
+from peftc.refer import Source, referred
+from peftc.select import condition_env, nearest_miss, selected
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ class Edit:
     statics: dict[str, Scalar]
     parameters: dict[str, DeltaParameter | None] = field(default_factory=dict)
     """By the name the rule gives them; None where the parameter's `if` is false."""
+    sources: dict[str, Source] = field(default_factory=dict)
+    """The taps of other sites that its expressions read, by name."""
 
     @property
     def label(self) -> str:
@@ -102,7 +105,7 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
     `fresh` are parameters that the checkpoint does not hold (a new classification head); they train always, for a
     head frozen at random values is never meant.
 
-    Raises `PeftcError`: E004, E008, E009, E014, E020 to E025.
+    Raises `PeftcError`: E004, E008, E009, E014, E020 to E026.
     """
     base = program.placeholders("parameter")
     sizes = _base_sizes(program)
@@ -122,7 +125,7 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
                 span=delta.span_at("expect"),
                 help="`peftc sites` shows what the model has",
             )
-        edits.extend(_edits(rule, delta, sites, dtype, collector))
+        edits.extend(_edits(rule, delta, sites, dtype, collector, program.sites))
     named = (name for name in base if name in fresh or _is_trained(rule, name))
     trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
     for glob in rule.train:
@@ -160,14 +163,17 @@ def _is_trained(rule: Rule, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, glob.pattern) for glob in rule.train)
 
 
-def _edits(rule: Rule, delta: Delta, sites: list[Site], dtype: torch.dtype, collector: Collector) -> Iterable[Edit]:
+def _edits(
+    rule: Rule, delta: Delta, sites: list[Site], dtype: torch.dtype, collector: Collector, every: Sequence[Site]
+) -> Iterable[Edit]:
     ranks = _ranks(sites)
     for tap in delta.modify:
         _report_missing(delta, tap, [site for site in sites if tap not in site.taps], collector)
     for site in sites:
+        sources = referred(delta, site, condition_env(site, rule), every)
         for tap in (tap for tap in delta.modify if tap in site.taps):
-            statics = site_statics(rule, delta, site, tap)
-            edit = Edit(delta, site, tap, statics)
+            statics = site_statics(rule, delta, site, tap, sources)
+            edit = Edit(delta, site, tap, statics, sources=sources)
             for param in (*delta.form.params, *delta.params):
                 edit.parameters[param.name] = _parameter(delta, site, tap, param, sites, ranks, statics, dtype)
             yield edit
@@ -186,7 +192,7 @@ def _report_missing(delta: Delta, tap: str, sites: list[Site], collector: Collec
     )
 
 
-def site_statics(rule: Rule, delta: Delta, site: Site, tap: str) -> dict[str, Scalar]:
+def site_statics(rule: Rule, delta: Delta, site: Site, tap: str, sources: Mapping[str, Source]) -> dict[str, Scalar]:
     """The static names a delta's expressions see: dimensions, then form arguments, hyperparameters, `with`."""
     env: dict[str, Scalar] = {}
     env.update({name: value for name, value in site.dims.items() if name not in ("d_in", "d_out")})
@@ -198,6 +204,8 @@ def site_statics(rule: Rule, delta: Delta, site: Site, tap: str) -> dict[str, Sc
     source = input_tap(delta, site, tap)
     if tap != "weight" and source is not None:
         env["d_in"] = site.taps[source].width
+    if "x" in sources:
+        env["d_in"] = sources["x"].tap.width
     env.setdefault("d_in", env["d_out"])
     env["has_bias"] = bool(site.dims.get("has_bias", False))
     env.update({name: arg for name, arg in delta.form.args.items() if name not in rule.hyper})
@@ -212,6 +220,8 @@ _PARALLEL_INPUT = {"k": "ctx", "v": "ctx"}
 
 def input_tap(delta: Delta, site: Site, tap: str) -> str | None:
     """The tap that is the delta's input x, or None where the insertion has none (weights, biases, embeddings)."""
+    if "x" in delta.sources:
+        return None
     if delta.insert == "sequential":
         return tap
     name = _PARALLEL_INPUT.get(tap, "x") if delta.insert == "parallel" else delta.insert

@@ -62,7 +62,7 @@ def _lint_rule(tree: MappingNode, collector: Collector) -> None:
 def _lint_row(row: MappingNode, collector: Collector) -> _Reads:
     """Warn of what the row declares and does not read; the hyperparameters it reads."""
     form = row.get("form")
-    own = _names(row, "compose", "let") | _params(row)
+    own = _names(row, "compose", "let", "from") | _params(row)
     known = True
     if isinstance(form, MappingNode):
         inside = _names(form, "expr", "attend", "let") | _params(form)
@@ -72,6 +72,7 @@ def _lint_row(row: MappingNode, collector: Collector) -> _Reads:
     read = own | inside
     if known:
         _lint_parts(row, read, collector)
+        _lint_sources(row, inside | _names(row, "compose", "let"), collector)
     given = {key.text for key, _ in _entries(row.get("with"))}
     where = row.get("where")
     conditions = _names(where, "if") if isinstance(where, MappingNode) else frozenset[str]()
@@ -81,7 +82,7 @@ def _lint_row(row: MappingNode, collector: Collector) -> _Reads:
 def _form_reads(row: MappingNode, form: Node | None) -> tuple[frozenset[str], bool]:
     """What the form of a row reads from outside itself, and whether that is known."""
     name = form.text if isinstance(form, ScalarNode) else ""
-    params = {key.text for key, _ in _entries(row.get("params"))}
+    params = {key.text for part in ("params", "from") for key, _ in _entries(row.get(part))}
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or name in params:
         return _expression(form), isinstance(form, ScalarNode)
     if name not in form_names():
@@ -106,6 +107,14 @@ def _lint_parts(node: MappingNode, read: frozenset[str], collector: Collector, a
             if key.text not in read:
                 help = "take it out, or use it in an expression"
                 collector.warn(code, f"nothing reads {what} `{key.text}`", span=key.span, help=help)
+
+
+def _lint_sources(node: MappingNode, read: frozenset[str], collector: Collector) -> None:
+    """W005 for the names under `from` that are not in `read`."""
+    for key, _ in _entries(node.get("from")):
+        if key.text not in read:
+            message, help = f"nothing reads the `from` name `{key.text}`", "take it out, or use it in an expression"
+            collector.warn("W005", message, span=key.span, help=help)
 
 
 def _params(node: MappingNode) -> frozenset[str]:

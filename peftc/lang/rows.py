@@ -17,7 +17,8 @@ from peftc.lang.expr import name_nodes
 from peftc.lang.forms import param_expressions, read_form
 from peftc.lang.library import form_names, load_form
 from peftc.lang.reading import Reader, Scope, form_scope, value, word, words
-from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar, Where
+from peftc.lang.references import read_sources
+from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Reference, Scalar, Where
 from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES, TAPS
 from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode
 from peftc.lang.uses import FormUse, check_composition
@@ -46,6 +47,7 @@ class RowReader:
         scope = self._scope(node, form, arguments)
         taken = dict.fromkeys(self.declared, "a hyperparameter")
         taken |= {param.name: "a parameter of the form" for param in form.params} if form else {}
+        taken = self._source_names(node, reader, taken)
         taken = reader.fresh(node.get("params"), "a parameter of the row", taken)
         reader.fresh(node.get("let"), "a `let` of the row", taken)
         params = reader.params(node.get("params"), scope)
@@ -56,7 +58,7 @@ class RowReader:
         if form is None or compose is None:
             return None
         use = FormUse(node, form, arguments, self.hypers, self.declared, self.collector)
-        use.check({*_keys(node, "params")}, _read_by_row(params, lets, compose))
+        use.check({*_keys(node, "params"), *_keys(node, "from")}, _read_by_row(params, lets, compose))
         delta = Delta(
             key.text,
             at,
@@ -72,6 +74,7 @@ class RowReader:
             _whole(node.get("expect")),
             key.span,
             _spans(node),
+            sources=self._sources(node),
         )
         check_composition(delta, self.collector)
         return delta
@@ -82,7 +85,21 @@ class RowReader:
     def _scope(self, node: MappingNode, form: Form | None, arguments: Mapping[str, object]) -> Scope:
         static = {*self.declared, *arguments, *(form.args if form else ())}
         params = {*(param.name for param in form.params)} if form else set[str]()
-        return form_scope(static, params | set(_keys(node, "params")), _taps_of(node), loose=form is None)
+        tensors = params | {*_keys(node, "params"), *_keys(node, "from")}
+        return form_scope(static, tensors, _taps_of(node), loose=form is None)
+
+    def _source_names(self, node: MappingNode, reader: Reader, taken: Mapping[str, str]) -> dict[str, str]:
+        """E023 for each name under `from:` that means something else; all names, described."""
+        taps = dict.fromkeys(_taps_of(node), "a tap of the site")
+        reader.fresh(node.get("from"), "a name under `from`", {**taps, **taken})
+        return {**taken, **dict.fromkeys(_keys(node, "from"), "a name under `from`")}
+
+    def _sources(self, node: MappingNode) -> dict[str, Reference]:
+        """The references under `from:`; E024 where both a single one and `insert` say what x is."""
+        if isinstance(node.get("from"), ScalarNode) and "insert" in node.entries:
+            message, help = "`from` says what x is, and so does `insert`", "take one of them out"
+            self.collector.error("E024", message, span=node.key("insert").span, help=help)
+        return read_sources(node.get("from"), self.declared, self.collector)
 
     def _sites(self, node: MappingNode) -> tuple[str, ...]:
         found = words(node.get("at"))
@@ -150,9 +167,10 @@ class RowReader:
         name = word(given)
         if not isinstance(given, ScalarNode):
             return None
-        if name is None or not _BARE.fullmatch(name) or name in _keys(node, "params"):
+        tensors = [*_keys(node, "params"), *_keys(node, "from")]
+        if name is None or not _BARE.fullmatch(name) or name in tensors:
             reader = self._reader(_values(arguments))
-            scope = form_scope({*self.declared, *arguments}, _keys(node, "params"), _taps_of(node))
+            scope = form_scope({*self.declared, *arguments}, tensors, _taps_of(node))
             dh = reader.expr(given)
             reader.names(dh, scope)
             return Form("", dh=dh, file=self.file) if dh else None
@@ -172,7 +190,7 @@ class RowReader:
     def _inline(self, node: MappingNode, given: MappingNode, arguments: Mapping[str, Scalar | Expr]) -> Form:
         args = {name: value(item) for name, item in _items(given, "args")}
         reader = self._reader({**args, **_values(arguments)})
-        params = [*_keys(node, "params"), *_keys(given, "params")]
+        params = [*_keys(node, "params"), *_keys(given, "params"), *_keys(node, "from")]
         scope = form_scope({*self.declared, *arguments, *args}, params, _taps_of(node))
         taken = dict.fromkeys(self.declared - args.keys(), "a hyperparameter")
         return read_form(given, reader, scope, name="", file=self.file, key="expr", taken=taken)

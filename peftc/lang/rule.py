@@ -102,6 +102,18 @@ class Where:
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """A tap of another site, `encoder.block[layer - 1].out`; without an index it is the site in the same layer."""
+
+    text: str
+    kind: str
+    tap: str
+    index: Expr | None = None
+    stack: str = ""
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """One row of the table: a form at a modified representation, inserted and composed."""
 
@@ -123,6 +135,8 @@ class Delta:
     span: Span | None = None
     spans: dict[str, Span] = field(default_factory=dict)
     """The place of each key's value in the row (`at`, `modify`, `insert`, `form`, `compose`, ...)."""
+    sources: dict[str, Reference] = field(default_factory=dict)
+    """The row's `from:`, by the name that its expressions read; `x` where the delta's input itself is elsewhere."""
 
     def span_at(self, key: str) -> Span | None:
         return self.spans.get(key, self.span)

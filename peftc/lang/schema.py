@@ -85,6 +85,10 @@ class WhereFile(_Model):
 _ARGS = "arguments with defaults; a word may name an op (f: gelu), to be called: f(x)"
 _PARAMS = "the tensors of the delta, by name"
 _LET = "names for parts of an expression, each seeing those above it"
+_FROM = (
+    "taps of other sites: block[0].x is what x is, {skip: block[layer - 1].out} are names for expressions; the value is"
+    " that after earlier deltas"
+)
 _ATTEND = "in place of an expression: the site's own queries attend to trained rows"
 
 
@@ -106,6 +110,7 @@ class DeltaFile(_Model):
     form: Value | InlineForm = Field(description="the function dh = f(x): a form's name, an expression, or a mapping")
     insert: Word = Field("parallel", description="what x is: parallel (the site's input), sequential (h), or a tap")
     compose: Expression = Field("h + dh", description="what becomes of h and dh: an expression, or add, gate, prepend")
+    sources: Word | dict[Name, Word] | None = Field(None, alias="from", description=_FROM)
     arguments: dict[Name, Value | None] = Field(
         {}, alias="with", description="values for the form's arguments and sizes"
     )
@@ -203,7 +208,7 @@ def _told(model: type[BaseModel], path: Path) -> str | None:
 
 def _is_model(path: Path) -> bool:
     """Whether the mapping at `path` has the keys of a model, and not names of the user's."""
-    return not path or path[-1] not in ("params", "deltas", "hyper", "let", "args", "with")
+    return not path or path[-1] not in ("params", "deltas", "hyper", "let", "args", "with", "from")
 
 
 def _model_at(root: type[BaseModel], path: Path) -> type[BaseModel]:

@@ -127,6 +127,10 @@ def check_composition(delta: Delta, collector: Collector) -> None:
     elif named == "prepend" and (delta.at, delta.modify) != (("model",), ("embeddings",)):
         message = "`prepend` stands only `at: model` with `modify: embeddings`"
         collector.error("E024", message, span=delta.compose.span, help="to add dh to h write `h + dh`")
+    elif named == "prepend" and delta.sources:
+        span = next(iter(delta.sources.values())).span
+        message, help = "a prompt is put before the model reads anything", "take `from` out"
+        collector.error("E024", message, span=span, help=help)
     if delta.lower is not None and not attends:
         help = "leave `lower` out: this form is written into the graph as it is"
         collector.error("E024", "`lower` is for forms with `attend`", span=delta.span_at("lower"), help=help)

@@ -1,0 +1,129 @@
+"""References of `from:`: a tap of another site, by the kind of the site and the layer it is in.
+
+    block[0].x               what enters the first block
+    block[layer - 1].out     what leaves the block before this one
+    encoder.block[-1].out    what leaves the last block of the encoder
+    attention.out            the attention in the same layer
+    model.embeddings         the token embeddings
+
+An index is a static expression over `layer`, `layers` and the hyperparameters; a negative one counts from the end.
+Which site a reference names is found by `peftc.select.referred`, for each site of the row.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from peftc.diagnostics import Collector, PeftcError, did_you_mean
+from peftc.lang.complaints import shown
+from peftc.lang.grammar import check, tree_of
+from peftc.lang.reading import Reader, Scope
+from peftc.lang.rule import Expr, Reference
+from peftc.lang.sites import SITES
+from peftc.lang.tree import MappingNode, Node, ScalarNode
+
+STACKS = ("encoder", "decoder")
+INDEXED = frozenset({"layer", "layers"})
+"""What an index may name beside the hyperparameters."""
+
+_HELP = "as in block[0].x, block[layer - 1].out, attention.out or model.embeddings"
+
+
+def read_sources(node: Node | None, declared: Collection[str], collector: Collector) -> dict[str, Reference]:
+    """The references under `from:` by name, `x` for a single one. Reports E004, E005, E008, E011 and E014."""
+    if isinstance(node, ScalarNode):
+        items = {"x": node}
+    elif isinstance(node, MappingNode):
+        items = {name: item for name, (_, item) in node.entries.items() if isinstance(item, ScalarNode)}
+    else:
+        return {}
+    found = {name: _ReferenceReader(item, declared, collector).read() for name, item in items.items()}
+    return {name: reference for name, reference in found.items() if reference is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class _ReferenceReader:
+    """Reads one reference."""
+
+    node: ScalarNode
+    declared: Collection[str]
+    collector: Collector
+
+    def read(self) -> Reference | None:
+        text = self.node.text.strip()
+        exact = self.node.exact and self.node.text.startswith(text)
+        try:
+            tree = tree_of(text, self.node.inner, exact)
+        except PeftcError as error:
+            self.collector.extend(error.diagnostics)
+            return None
+        whole = Expr(text, tree, self.node.inner, exact)
+        parts = _parts(tree)
+        if parts is None:
+            message = f"`{shown(text)}` is no reference to a tap"
+            self.collector.error("E011", message, span=whole.span_of(tree), help=_HELP)
+            return None
+        stack, kind, index, attribute = parts
+        known = self._words(whole, stack, kind, attribute)
+        inner = None if index is None else Expr(text, index, self.node.inner, exact)
+        if inner is not None and not self._index(inner):
+            return None
+        name = kind.attr if isinstance(kind, ast.Attribute) else kind.id
+        word = "" if stack is None else stack.id
+        return Reference(text, name, attribute.attr, inner, word, whole.span_of(tree)) if known else None
+
+    def _words(self, whole: Expr, stack: ast.Name | None, kind: ast.Name | ast.Attribute, tap: ast.Attribute) -> bool:
+        """Whether the stack, the kind of site and the tap are words of the language; E005 and E004 where not."""
+        if stack is not None and stack.id not in STACKS:
+            message = f"unknown stack `{shown(stack.id)}`"
+            self.collector.error("E005", message, span=whole.span_of(stack), help=did_you_mean(stack.id, STACKS))
+            return False
+        name = kind.attr if isinstance(kind, ast.Attribute) else kind.id
+        if name not in SITES:
+            place = _tail(whole, kind) if isinstance(kind, ast.Attribute) else kind
+            message = f"unknown site `{shown(name)}`"
+            self.collector.error("E005", message, span=whole.span_of(place), help=did_you_mean(name, SITES))
+            return False
+        if tap.attr not in SITES[name]:
+            message, help = f"`{name}` has no tap `{shown(tap.attr)}`", did_you_mean(tap.attr, SITES[name])
+            self.collector.error("E004", message, span=whole.span_of(_tail(whole, tap)), help=help)
+            return False
+        return True
+
+    def _index(self, expr: Expr) -> bool:
+        """Whether the index is a static expression over known names."""
+        collector = Collector()
+        check(expr, "static", {}, collector)
+        if not collector.errors:
+            Reader(collector).names(expr, Scope(frozenset({*self.declared, *INDEXED})))
+        value = expr.tree.value if isinstance(expr.tree, ast.Constant) else 0
+        if not collector.errors and (isinstance(value, bool) or not isinstance(value, int)):
+            message = f"`{shown(ast.unparse(expr.tree))}` is no layer"
+            collector.error("E014", message, span=expr.span_of(expr.tree), help="layers are whole numbers from 0 on")
+        self.collector.extend(collector.diagnostics)
+        return not collector.errors
+
+
+def _parts(tree: ast.expr) -> tuple[ast.Name | None, ast.Name | ast.Attribute, ast.expr | None, ast.Attribute] | None:
+    """The stack, kind, index and tap of `stack.kind[index].tap`; None for anything else."""
+    if not isinstance(tree, ast.Attribute):
+        return None
+    site, index = tree.value, None
+    if isinstance(site, ast.Subscript):
+        site, index = site.value, site.slice
+        if isinstance(index, (ast.Slice, ast.Tuple)):
+            return None
+    if isinstance(site, ast.Name):
+        return None, site, index, tree
+    if isinstance(site, ast.Attribute) and isinstance(site.value, ast.Name):
+        return site.value, site, index, tree
+    return None
+
+
+def _tail(whole: Expr, node: ast.Attribute) -> ast.AST:
+    """A node that stands where the last word of an attribute stands."""
+    end = node.end_col_offset or len(whole.text)
+    start = end - len(node.attr)
+    return ast.Name(node.attr, lineno=1, col_offset=start, end_lineno=1, end_col_offset=end)
