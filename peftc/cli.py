@@ -29,6 +29,8 @@ from peftc.diagnostics import PeftcError, fail
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from peftc.lang.rule import Rule
+
 USER_ERROR, PARITY_FAILED, INTERRUPTED = 2, 3, 130
 
 
@@ -206,12 +208,25 @@ def plan(
 @app.command(epilog="Example: [bold]peftc rules --json[/bold]")
 def rules(as_json: JsonOption = False) -> None:
     """List the rules of the library, one line each."""
-    from peftc.lang.loader import list_rules
+    from peftc.lang.library import catalogue
+    from peftc.lang.loader import survey
 
-    library = list_rules()
+    found, problems = survey()
+    origins = {name: catalogue("").origin(name) for name in found}
     if as_json:
-        _print_json([{"name": r.name, "doc": r.doc, "paper": r.paper, "hyper": r.values} for r in library])
-        return
+        _print_json(
+            [
+                {"name": name, "doc": r.doc, "paper": r.paper, "hyper": r.values, "from": origins[name]}
+                for name, r in found.items()
+            ]
+        )
+    else:
+        _print_rules(found, origins)
+    commands.end_with(problems)
+
+
+def _print_rules(found: dict[str, Rule], origins: dict[str, str]) -> None:
+    """A line for each rule, with the package it is from where some are not the library's."""
     from rich.console import Console
     from rich.table import Table
 
@@ -219,12 +234,15 @@ def rules(as_json: JsonOption = False) -> None:
     if not console.is_terminal:
         console.width = 240  # a pipe cuts no line
     table = Table(box=None, pad_edge=False)
-    table.add_column("rule", style="bold", no_wrap=True, min_width=max(len(rule.name) for rule in library))
+    table.add_column("rule", style="bold", no_wrap=True, min_width=max(len(name) for name in found))
     table.add_column("what it is", no_wrap=True, overflow="ellipsis")
     table.add_column("hyperparameters", no_wrap=True, overflow="ellipsis")
-    for rule in library:
+    extended = len({*origins.values()}) > 1
+    if extended:
+        table.add_column("from", no_wrap=True)
+    for name, rule in found.items():
         hyper = " ".join(f"{name}={value}" for name, value in rule.values.items())
-        table.add_row(rule.name, " ".join(rule.doc.split()), hyper)
+        table.add_row(name, " ".join(rule.doc.split()), hyper, *([origins[name]] if extended else []))
     console.print(table)
 
 

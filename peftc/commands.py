@@ -9,11 +9,14 @@ import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftc.diagnostics import MOST_SHOWN, Diagnostic, and_more
+
+if TYPE_CHECKING:
+    from peftc.lang.ops import Op
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
@@ -84,13 +87,20 @@ def explain(
 def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False) -> None:
     """List what expressions can call: ops for tensors, functions for sizes, and values for `init`."""
     from peftc.lang.arguments import count
+    from peftc.lang.extensions import LIBRARY, extension_ops
     from peftc.lang.grammar import STATIC_CALLS
     from peftc.lang.ops import INITS, OPS
 
     tables = {"ops": OPS, "sizes": STATIC_CALLS, "inits": INITS}
+    extra = extension_ops()
+    origins = {name: extra.origin(name) for name in extra.items}
     if as_json:
-        found = {kind: [asdict(op) for op in table.values()] for kind, table in tables.items()}
+        found = {
+            kind: [{**_described(op), "from": origins.get(op.name, LIBRARY)} for op in table.values()]
+            for kind, table in tables.items()
+        }
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        end_with([*extra.problems, *extra.clashes("op")])
         return
     width = max(len(name) for table in tables.values() for name in table)
     titles = {"ops": "Ops, in `form`, `compose` and `let`", "sizes": "In sizes and conditions", "inits": "In `init`"}
@@ -99,7 +109,13 @@ def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdo
         for op in table.values():
             arguments = count(op).removesuffix("s").removesuffix(" argument") if op.arity[1] else "-"
             keywords = f" [{', '.join(op.keywords)}]" if op.keywords else ""
-            typer.echo(f"  {op.name:<{width}}  {arguments + keywords:<12}  {op.doc}")
+            origin = f" ({origins[op.name]})" if kind == "ops" and op.name in origins else ""
+            typer.echo(f"  {op.name:<{width}}  {arguments + keywords:<12}  {op.doc}{origin}")
+    end_with([*extra.problems, *extra.clashes("op")])
+
+
+def _described(op: Op) -> dict[str, object]:
+    return {key: value for key, value in asdict(op).items() if key != "writer"}
 
 
 def schema(
@@ -109,6 +125,15 @@ def schema(
     from peftc.lang.json_schema import schema_text
 
     typer.echo(schema_text(kind.value), nl=False)
+
+
+def end_with(problems: list[Diagnostic]) -> None:
+    """End a listing with what is wrong with installed packages: told on stderr, and exit code 2."""
+    from peftc.cli import USER_ERROR
+
+    if problems:
+        print_diagnostics(tuple(problems))
+        raise typer.Exit(USER_ERROR)
 
 
 def print_diagnostics(diagnostics: tuple[Diagnostic, ...], *, stderr: bool = True, apart: bool = False) -> None:

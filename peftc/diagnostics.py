@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn
 
 Severity = Literal["error", "warning", "note"]
@@ -107,6 +107,10 @@ class PeftcError(Exception):
             told.append(and_more(len(self.diagnostics) - MOST_SHOWN))
         super().__init__("\n\n".join(told))
 
+    def at(self, span: Span | None) -> PeftcError:
+        """The same mistakes, those without a place at `span`."""
+        return PeftcError(d if d.span is not None else replace(d, span=span) for d in self.diagnostics)
+
 
 def and_more(count: int) -> str:
     """What stands for `count` diagnostics that are not printed."""
@@ -135,6 +139,10 @@ class Collector:
         self.diagnostics.extend(diagnostics)
         if len(self.diagnostics) >= MOST_TOLD:
             self.raise_if_errors()
+
+    def extend_once(self, diagnostics: Iterable[Diagnostic]) -> None:
+        """Tell what has not been told yet."""
+        self.extend(diagnostic for diagnostic in diagnostics if diagnostic not in self.diagnostics)
 
     def warn(self, code: str, message: str, *, span: Span | None = None, help: str | None = None) -> None:
         self.diagnostics.append(Diagnostic(code, message, span, help, "warning"))

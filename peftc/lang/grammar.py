@@ -14,6 +14,7 @@ from typing import Literal
 
 from peftc.diagnostics import Collector, Span, did_you_mean, fail
 from peftc.lang.arguments import check_arguments
+from peftc.lang.extensions import extension_ops
 from peftc.lang.ops import INITS, OPS, Op
 from peftc.lang.rule import Expr, Scalar
 from peftc.lang.sites import COMPOSITIONS
@@ -261,6 +262,10 @@ class _Checker:
         known = OPS if self.mode == "tensor" else STATIC_CALLS
         if self.mode == "tensor" and isinstance(self.words.get(name), str):
             return OPS.get(str(self.words[name]))
+        clash = extension_ops().clash(name, "op") if self.mode == "tensor" else None
+        if clash is not None:
+            self.collector.error(clash.code, clash.message, span=self.expr.span_of(node.func), help=clash.help)
+            return None
         if name not in known and name in (STATIC_CALLS if self.mode == "tensor" else OPS):
             sized = self.mode == "tensor"
             place = "only for sizes and conditions" if sized else "an op for tensors, not for sizes"
@@ -278,6 +283,7 @@ class _Checker:
                     near if near.startswith("did") or self.mode != "tensor" else "`peftc ops` lists the ops there are"
                 )
             self.collector.error("E007", f"unknown op `{name}`", span=self.expr.span_of(node.func), help=help)
+            self.collector.extend_once(extension_ops().problems if self.mode == "tensor" else ())
         return known.get(name)
 
     def init(self, node: ast.expr) -> None:

@@ -15,11 +15,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from peftc.diagnostics import Collector, did_you_mean, fail
+from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean, fail
 from peftc.lang import forms, hypers
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
-from peftc.lang.library import SUFFIXES, form_names, load_form, read, rule_files, shown_file
+from peftc.lang.library import SUFFIXES, catalogue, find, form_names, load_form, read, rule_files, shown_file
 from peftc.lang.reading import Reader, word, words
 from peftc.lang.rows import RowReader
 from peftc.lang.rule import Delta, Expr, Glob, Hyper, Rule
@@ -28,7 +28,7 @@ from peftc.lang.source import compose, read_text
 from peftc.lang.tree import MappingNode
 from peftc.lang.uses import size_names
 
-__all__ = ["form_names", "list_rules", "load_form", "load_rule", "parse_rule", "rule_source"]
+__all__ = ["form_names", "list_rules", "load_form", "load_rule", "parse_rule", "rule_source", "survey"]
 
 
 _MODELINE = re.compile(r"\A# yaml-language-server: \$schema=(?!/|\w+:)[^\r\n]*(\r\n|\r|\n)")
@@ -52,15 +52,26 @@ def rule_source(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
         if not os.path.isfile(name):  # noqa: PTH113 -- unlike Path.is_file it refuses no name
             fail("E018", f"no rule file at `{shown(name)}`", help=_near_rule(Path(name).stem))
         return read_text(name), name
-    found = rule_files().get(name)
-    if found is None:
-        fail("E018", f"no rule `{shown(name)}` in the library", help=did_you_mean(name, rule_files()))
-    return read(found), shown_file(found)
+    found = find(name, "rule", "", "E018")
+    return read(found, shown_file(found)), shown_file(found)
 
 
 def list_rules() -> list[Rule]:
-    """Every rule of the library, by name."""
-    return [load_rule(name) for name in sorted(rule_files())]
+    """Every rule of the library and of extensions that loads, by name."""
+    return [*survey()[0].values()]
+
+
+def survey() -> tuple[dict[str, Rule], list[Diagnostic]]:
+    """Every rule that loads, by name; and what is wrong with the others, and with the packages that bring some."""
+    known = catalogue("")
+    problems = [*known.problems, *known.clashes("rule"), *catalogue("forms").clashes("form")]
+    rules: dict[str, Rule] = {}
+    for name in sorted(known.items):
+        try:
+            rules[name] = load_rule(name)
+        except PeftcError as error:
+            problems += error.diagnostics
+    return rules, problems
 
 
 def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -> Rule:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.diagnostics import did_you_mean, fail
+from peftc.diagnostics import PeftcError, did_you_mean, fail
 from peftc.ir.builder import Builder
 from peftc.lang.grammar import MAX_EXPONENT
-from peftc.lang.op_writers import WRITERS
+from peftc.lang.op_writers import write_op
 from peftc.lang.rule import Expr
 
 aten = torch.ops.aten
@@ -171,12 +171,9 @@ class Lowering:
         name = node.func.id
         if isinstance(self.env.get(name), str):  # a word argument of the form, such as f: relu
             name = self.env[name]
-        write = WRITERS.get(name)
-        if write is None:
-            fail("E007", f"unknown op `{name}`", span=self._span(node.func), help=did_you_mean(name, WRITERS))
         args = [self._visit(arg) for arg in node.args]
         kwargs = {kw.arg: self._visit(kw.value) for kw in node.keywords if kw.arg}
-        return self._guard(node, args, lambda: write(self.builder, *args, **kwargs))
+        return self._guard(node, args, lambda: write_op(name, self.builder, *args, **kwargs))
 
     def _call(self, node: ast.expr, target: Any, *args: Value) -> fx.Node:
         return self._guard(node, list(args), lambda: self.builder.call(target, *args))
@@ -184,6 +181,8 @@ class Lowering:
     def _guard(self, node: ast.expr, args: list[Value], write: Callable[[], fx.Node]) -> fx.Node:
         try:
             return write()
+        except PeftcError as error:
+            raise error.at(self._span(node)) from error
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             shapes = ", ".join(_describe(arg) for arg in args if isinstance(arg, (fx.Node, type(None))))
             reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from peftc.diagnostics import did_you_mean, fail
 from peftc.ir.builder import Builder
+from peftc.lang.extensions import extension_ops, load_writer, told, unusable
 
 aten = torch.ops.aten
 
@@ -282,3 +284,27 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "dropout": _dropout,
     "detach": _unary(aten.detach.default),
 }
+
+
+def write_op(name: str, builder: Builder, *args: Value, **kwargs: Value) -> Value:
+    """The value of an op, of the library or of an extension, as its writer writes it.
+
+    Raises `PeftcError`: E007 for an op that is none, E045 for one of an extension that cannot be used. What torch says
+    of operands that do not fit goes through.
+    """
+    if name in WRITERS:
+        return WRITERS[name](builder, *args, **kwargs)
+    known = extension_ops()
+    if name not in known.items:
+        fail("E007", f"unknown op `{name}`", help=did_you_mean(name, [*WRITERS, *known.items]))
+    op, origin = known.items[name], known.origin(name)
+    write = load_writer(op, origin)
+    try:
+        value = write(builder, *args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        raise
+    except Exception as error:  # noqa: BLE001 -- foreign code: any other exception is a bug of the package
+        unusable(origin, f"the writer of `{name}` raised {told(error)}")
+    if not isinstance(value, fx.Node):
+        unusable(origin, f"the writer of `{name}` gives a {type(value).__name__}, not a node of the graph")
+    return value

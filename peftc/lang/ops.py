@@ -1,22 +1,29 @@
 """The op table of rule expressions: each name, its arguments, one line of doc.
 
 This module holds no torch; `peftc.lang.op_writers` writes each op as torch.fx nodes. An op's arguments are tensors
-unless they are listed in `static`, which take numbers, words or lists known when the graph is written.
+unless they are listed in `static`, which take numbers, words or lists known when the graph is written. `OPS` holds the
+library's ops and those that installed packages bring (`peftc.lang.extensions`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One named op: at least `arity[0]` and at most `arity[1]` positional arguments, `keywords` by name."""
+    """One named op: at least `arity[0]` and at most `arity[1]` positional arguments, `keywords` by name.
+
+    `writer` says where the op of an extension is written as nodes: "module:function", a function that takes the
+    builder and the op's arguments. Those of the library stand in `peftc.lang.op_writers`.
+    """
 
     name: str
     arity: tuple[int, int]
     doc: str
     keywords: tuple[str, ...] = ()
+    writer: str = ""
 
 
 _TABLE = (
@@ -94,7 +101,28 @@ _TABLE = (
     Op("detach", (1, 1), "x itself, through which no gradient flows"),
 )
 
-OPS: dict[str, Op] = {op.name: op for op in _TABLE}
+LIBRARY_OPS: dict[str, Op] = {op.name: op for op in _TABLE}
+
+
+class _Ops(Mapping[str, Op]):
+    """The library's ops, then those of extensions, which are looked for when a name is not the library's."""
+
+    def __getitem__(self, name: str) -> Op:
+        from peftc.lang.extensions import extension_ops
+
+        return LIBRARY_OPS[name] if name in LIBRARY_OPS else extension_ops().items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        from peftc.lang.extensions import extension_ops
+
+        yield from LIBRARY_OPS
+        yield from extension_ops().items
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+OPS: Mapping[str, Op] = _Ops()
 
 INITS: dict[str, Op] = {
     op.name: op

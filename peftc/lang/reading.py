@@ -51,7 +51,7 @@ class Reader:
         try:
             return parse(text, node.inner, exact=node.exact, mode=mode, words=self.words)
         except PeftcError as error:
-            self.collector.extend(error.diagnostics)
+            self.collector.extend_once(error.diagnostics)
             return None
 
     def names(self, expr: Expr | None, scope: Scope) -> None:

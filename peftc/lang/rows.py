@@ -15,7 +15,7 @@ from peftc.diagnostics import Collector, PeftcError, Span, did_you_mean
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
 from peftc.lang.forms import param_expressions, read_form
-from peftc.lang.library import form_names, load_form
+from peftc.lang.library import catalogue, form_names, load_form
 from peftc.lang.reading import Reader, Scope, form_scope, value, word, words
 from peftc.lang.references import read_sources
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Reference, Scalar, Where
@@ -176,10 +176,15 @@ class RowReader:
             return Form("", dh=dh, file=self.file) if dh else None
         if name in written:
             return None  # a parameter whose own mistake is told
+        clash = catalogue("forms").clash(name, "form")
+        if clash is not None:
+            self.collector.error(clash.code, clash.message, span=given.span, help=clash.help)
+            return None
         if name not in form_names():
             tensor = name in {"x", "h", *_taps_of(node), *_keys(node, "let")}
             help = f"as an expression: identity({name})" if tensor else did_you_mean(name, form_names())
             self.collector.error("E006", f"unknown form `{shown(name)}`", span=given.span, help=help)
+            self.collector.extend_once(catalogue("forms").problems)
             return None
         try:
             return load_form(name)

@@ -10,6 +10,7 @@ from peftc.diagnostics import Collector, Span, did_you_mean
 from peftc.lang.arguments import count
 from peftc.lang.complaints import shown
 from peftc.lang.expr import calls_in, name_nodes
+from peftc.lang.extensions import extension_ops
 from peftc.lang.forms import expressions, needs
 from peftc.lang.ops import OPS
 from peftc.lang.reading import words
@@ -76,11 +77,14 @@ class FormUse:
                     message = f"`{name}` is called, but is {str(given).lower()} and not the name of an op"
                     self.collector.error("E007", message, span=span, help="as in f: relu; `peftc ops` lists the ops")
                 continue
-            op = OPS.get(given)
-            if op is None:
+            op, clash = OPS.get(given), extension_ops().clash(given, "op")
+            if clash is not None:
+                self.collector.error(clash.code, clash.message, span=span, help=clash.help)
+            elif op is None:
                 known = [op.name for op in OPS.values() if op.arity == (1, 1)]
                 message = f"unknown op `{shown(given)}`"
                 self.collector.error("E007", message, span=span, help=did_you_mean(given, known))
+                self.collector.extend_once(extension_ops().problems)
             elif not op.arity[0] <= len(node.args) <= op.arity[1]:
                 message = f"`{op.name}` takes {count(op)}; the form calls `{name}` with {len(node.args)}"
                 self.collector.error("E012", message, span=span, help=f"{op.name}: {op.doc}")

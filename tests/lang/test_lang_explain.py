@@ -114,5 +114,6 @@ def test_ops_lists_every_op_and_initial_value() -> None:
     names = [line.split()[0] for line in lines if line.startswith("  ")]
     assert names == [*OPS, *STATIC_CALLS, *INITS]
     found = json.loads(CliRunner().invoke(app, ["ops", "--json"]).output)
-    assert found["ops"][0] == {"name": "linear", "arity": [2, 3], "doc": OPS["linear"].doc, "keywords": []}
+    linear = {"name": "linear", "arity": [2, 3], "doc": OPS["linear"].doc, "keywords": [], "from": "peftc"}
+    assert found["ops"][0] == linear
     assert [op["name"] for op in found["inits"]] == list(INITS)

@@ -1,0 +1,1 @@
+"""Rules and forms for peftc, with the ops they call."""
