@@ -71,14 +71,15 @@ def compare(
         for a, b in zip(unfolded(inputs), folded(inputs), strict=True):
             if not a.is_floating_point():
                 continue
-            a, b = _real_rows(a.double(), inputs), _real_rows(b.double(), inputs)
+            a, b = real_rows(a.double(), inputs), real_rows(b.double(), inputs)
             absolute = max(absolute, float((a - b).abs().max()))
             scale = max(scale, float(a.abs().max()))
         results.append(Comparison(what, label, dtype, absolute, absolute / max(scale, 1e-30), tolerance, scale))
     return results
 
 
-def _real_rows(value: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+def real_rows(value: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """`value` without the rows of padding, where it has a row for each token of a padded batch."""
     mask = inputs.get("attention_mask")
     if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape:
         return value

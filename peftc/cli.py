@@ -3,7 +3,7 @@
 Nothing here imports torch or transformers before a command runs, so `--help` answers at once. Exit codes:
 
     0    done
-    1    a bug of peftc, with its traceback
+    1    a test of a rule does not hold (`peftc test`), or a bug of peftc, with its traceback
     2    a mistake of the user (`PeftcError`, or an unknown option), told on stderr; nothing was written
     3    a merged or exported model does not compute what the adapted one does (E039); nothing was written
     130  interrupted by Ctrl-C or SIGTERM; what was there before is still whole
@@ -247,6 +247,7 @@ def _print_rules(found: dict[str, Rule], origins: dict[str, str]) -> None:
 
 
 app.command(epilog="Example: [bold]peftc check mine.yaml --model MODEL_DIR[/bold]")(commands.check)
+app.command(epilog="Example: [bold]peftc test mine.yaml -k decoder[/bold]")(commands.test)
 app.command(epilog="Example: [bold]peftc explain E012[/bold]")(commands.explain)
 app.command(epilog="Example: [bold]peftc ops[/bold]")(commands.ops)
 app.command(epilog="Example: [bold]peftc schema rule > rule.schema.json[/bold]")(commands.schema)

@@ -1,4 +1,4 @@
-"""Commands about the rule language itself: check, explain, ops, schema. None needs a model, and none writes a file.
+"""Commands about the rule language itself: check, test, explain, ops, schema. None needs a model or writes a file.
 
 $ peftc check mine.yaml
 """
@@ -17,6 +17,9 @@ from peftc.diagnostics import MOST_SHOWN, Diagnostic, and_more
 
 if TYPE_CHECKING:
     from peftc.lang.ops import Op
+    from peftc.rule_tests import Result
+
+TEST_FAILED = 1
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
@@ -68,6 +71,61 @@ def check(
     typer.echo(report.summary, err=True)
     if report.errors:
         raise typer.Exit(USER_ERROR)
+
+
+class TestFormat(str, Enum):
+    """How `test` writes what came of the tests."""
+
+    text = "text"
+    json = "json"
+    junit = "junit"
+
+
+def test(
+    rules: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RULE]...", help="Rule files, or names of the library; without one, the library."),
+    ] = None,
+    wanted: Annotated[
+        str, typer.Option("-k", metavar="WORD", help="Only tests whose `rule::test[family]` holds this word.")
+    ] = "",
+    form: Annotated[TestFormat, typer.Option("--format", help="How to print the results.")] = TestFormat.text,
+) -> None:
+    """Run the tests that rules hold, on built-in tiny models. Exit code 1 if one does not hold, 2 for mistakes."""
+    from peftc import rule_test_formats as formats
+    from peftc.cli import USER_ERROR
+    from peftc.diagnostics import PeftcError, fail
+    from peftc.lang.library import rule_files
+    from peftc.lang.loader import load_rule
+
+    found: list[Result] = []
+    mistakes: list[Diagnostic] = []
+    for name in rules or sorted(rule_files()):
+        try:
+            rule = load_rule(name)
+        except PeftcError as error:
+            mistakes += error.diagnostics
+            continue
+        from peftc.rule_tests import run_tests  # after the rule is read: it takes torch
+
+        results = list(run_tests(rule, name, wanted=wanted))
+        found += results
+        if form is TestFormat.text and results:
+            typer.echo(f"{name:<20}  {formats.summary(results).partition(': ')[2]}")
+            for result in results:
+                print_diagnostics(tuple(formats.diagnostics(result)), stderr=False)
+    if not found and not mistakes:
+        fail("E061", f"`-k {wanted}` selects no test", help="tests are called `rule::test[family]`")
+    if form is TestFormat.text:
+        print_diagnostics(tuple(mistakes), stderr=False)
+    else:
+        write = {"json": formats.as_json, "junit": formats.as_junit}[form.value]
+        typer.echo(write(found, mistakes))
+    typer.echo(formats.summary(found), err=True)
+    if mistakes:
+        raise typer.Exit(USER_ERROR)
+    if any(result.findings for result in found):
+        raise typer.Exit(TEST_FAILED)
 
 
 def explain(

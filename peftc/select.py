@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from peftc.diagnostics import Span
 from peftc.ir.sites import Site
@@ -20,10 +20,16 @@ def selected(delta: Delta, rule: Rule, sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if site.kind in delta.at and all(holds(site) for _, holds in conditions)]
 
 
+def described(where: Where, rule: Rule, sites: Iterable[Site]) -> list[Site]:
+    """The sites, of any kind, for which every condition of `where` holds."""
+    conditions = _conditions(where, rule)
+    return [site for site in sites if all(holds(site) for _, holds in conditions)]
+
+
 def _conditions(where: Where, rule: Rule) -> list[Condition]:
     conditions: list[Condition] = []
     if where.layers is not None:
-        conditions.append(("layers", lambda site: site.layer in layer_set(where.layers, int(site.dims["layers"]))))
+        conditions.append(("layers", lambda site: _in_layers(site, where)))
     if where.stack:
         conditions.append(("stack", lambda site: site.stack in where.stack))
     if where.kind:
@@ -36,6 +42,11 @@ def _conditions(where: Where, rule: Rule) -> list[Condition]:
     if condition is not None:
         conditions.append(("if", lambda site: bool(evaluate_static(condition, condition_env(site, rule)))))
     return conditions
+
+
+def _in_layers(site: Site, where: Where) -> bool:
+    """Whether the site's layer is meant; a site outside of every layer (an embedding, a head) never is."""
+    return site.layer >= 0 and site.layer in layer_set(where.layers, int(site.dims["layers"]))
 
 
 def condition_env(site: Site, rule: Rule) -> dict[str, Scalar]:
@@ -85,7 +96,8 @@ def nearest_miss(delta: Delta, rule: Rule, sites: Sequence[Site]) -> tuple[str, 
 
 def _values(name: str, sites: list[Site], condition: Expr | None) -> str:
     if name == "layers":
-        return f"layers 0 to {max(site.layer for site in sites)}"
+        last = max(site.layer for site in sites)
+        return f"layers 0 to {last}" if last >= 0 else "no layer"
     asked = names_in(condition) if condition is not None else set()
     read: dict[str, Callable[[Site], str]] = {
         "stack": lambda site: site.stack,

@@ -46,9 +46,9 @@ def resolve(node: Node | None, sets: Mapping[str, object], collector: Collector)
     return found
 
 
-def rewrite(text: str, node: Node | None, hypers: Mapping[str, Hyper]) -> str:
-    """`text` with the values of `hypers` in place of the defaults that differ."""
-    edits: list[tuple[int, int, str]] = []
+def rewrite(text: str, node: Node | None, hypers: Mapping[str, Hyper], dropped: tuple[int, int] | None = None) -> str:
+    """`text` with the values of `hypers` in place of the defaults that differ, and without the part `dropped`."""
+    edits: list[tuple[int, int, str]] = [] if dropped is None else [(*dropped, "")]
     for name, (_, entry) in node.entries.items() if isinstance(node, MappingNode) else ():
         scalar = _scalar(entry)
         if scalar is not None and name in hypers and not _same(scalar.value, hypers[name].value):

@@ -11,8 +11,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from peftc.families import NAMES
 from peftc.lang.schema import FormFile, RuleFile
 from peftc.lang.sites import COMPOSITIONS, INSERTIONS, SITES, TAPS
+from peftc.store.heads import HEADS
 
 KINDS = {"rule": (RuleFile, "A rule of peftc"), "form": (FormFile, "A functional form of peftc")}
 
@@ -46,6 +48,10 @@ def _tidied(node: Any, *, names: bool = False) -> Any:
 def _add_words(schema: dict[str, Any]) -> None:
     """The words an editor can offer: closed lists where nothing else is right, else beside any text."""
     row = schema["$defs"].get("DeltaFile", {}).get("properties", {})
+    case = schema["$defs"].get("CaseFile", {}).get("properties", {})
+    if case:
+        case["family"] = _closed(case["family"], [*NAMES])
+        case["head"] = _closed(case["head"], [*HEADS])
     parameter = schema["$defs"]["ParamFile"]["properties"]
     for key, words, change in (
         ("at", SITES, _closed),

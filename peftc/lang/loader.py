@@ -17,6 +17,7 @@ from pathlib import Path
 
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean, fail
 from peftc.lang import forms, hypers
+from peftc.lang.cases import CaseReader, place_of_tests
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
 from peftc.lang.library import SUFFIXES, catalogue, find, form_names, load_form, read, rule_files, shown_file
@@ -84,18 +85,20 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     if not isinstance(tree, MappingNode):
         fail("E009", "a rule must be a mapping of `key: value`", span=tree.span, help="it starts with `peftc: 1`")
     forms.check_version(tree, "peftc", "rule")
-    declared, written = tree.get("hyper"), _written_params(tree)
+    declared, written, tests = tree.get("hyper"), _written_params(tree), tree.get("tests")
     tree = check(tree, RuleFile, collector)
     values = hypers.resolve(tree.get("hyper"), sets or {}, collector)
     Reader(collector).fresh(tree.get("hyper"), "a hyperparameter", {})
     names = frozenset(declared.entries) if isinstance(declared, MappingNode) else frozenset[str]()
-    deltas = _deltas(tree, RowReader(file, values, names, collector, written))
+    rows = RowReader(file, values, names, collector, written)
+    deltas = _deltas(tree, rows)
     _check_sizes(deltas, values, collector)
     train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
     if not tree.get("deltas") and not train and not collector.errors:
         help = "`deltas` adds parameters to the model, `train` names parameters it has"
         span = forms.first_token(tree)
         collector.error("E010", "the rule has neither `deltas` nor `train`", span=span, help=help)
+    cases = CaseReader(tree.get("hyper"), values, tuple(written), rows, collector, tests).cases(tree.get("tests"))
     collector.raise_if_errors()
     return Rule(
         word(tree.get("name")) or "",
@@ -105,7 +108,8 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
         word(tree.get("doc")) or "",
         word(tree.get("paper")) or "",
         file,
-        _MODELINE.sub("", hypers.rewrite(text, tree.get("hyper"), values)),
+        _MODELINE.sub("", hypers.rewrite(text, tree.get("hyper"), values, place_of_tests(text, tree))),
+        cases,
     )
 
 

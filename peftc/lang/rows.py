@@ -53,7 +53,7 @@ class RowReader:
         params = reader.params(node.get("params"), scope)
         lets, scope = reader.lets(node.get("let"), scope.with_tensors("dh", *(form.let if form else ())))
         compose = self._compose(node, reader, scope, lets, key)
-        where = self._where(node.get("where"))
+        where = self.where(node.get("where"))
         insert = self._insert(node)
         if form is None or compose is None:
             return None
@@ -218,7 +218,8 @@ class RowReader:
             self.collector.error("E024", "`compose` does not use `dh`", span=expr.span, help="write `h + dh`, say")
         return expr
 
-    def _where(self, node: Node | None) -> Where:
+    def where(self, node: Node | None) -> Where:
+        """What `where`, or `not` of a test, says."""
         if not isinstance(node, MappingNode):
             return Where()
         reader = Reader(self.collector)

@@ -151,6 +151,44 @@ class Glob:
 
 
 @dataclass(frozen=True, slots=True)
+class SameAs:
+    """Another rule that computes the same: its name or file, and the names of rows and parameters there."""
+
+    rule: str
+    hyper: dict[str, Scalar] = field(default_factory=dict)
+    map: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One test of a rule on one family: what must hold there. None and empty say that nothing is expected."""
+
+    name: str
+    family: str
+    head: str | None = None
+    hyper: dict[str, Scalar] = field(default_factory=dict)
+    sites: dict[str, int] = field(default_factory=dict)
+    """The number of sites by row."""
+    trained: int | None = None
+    identity: bool | None = None
+    fold: dict[str, str] = field(default_factory=dict)
+    """What becomes of each row: merged, widened, constant or kept."""
+    forbidden: Where | None = None
+    same_as: SameAs | None = None
+    error: str | None = None
+    span: Span | None = None
+    spans: dict[str, Span] = field(default_factory=dict)
+    """The place of each expectation (`sites`, `sites.lora`, `trained`, ...)."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}[{self.family}]"
+
+    def span_at(self, key: str) -> Span | None:
+        return self.spans.get(key) or self.spans.get(key.partition(".")[0], self.span)
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """A whole rule file, hyperparameters resolved."""
 
@@ -162,7 +200,8 @@ class Rule:
     paper: str = ""
     file: str = ""
     text: str = ""
-    """The YAML source with the `--set` values in place, enough to load the same rule again."""
+    """The YAML source with the `--set` values in place and without `tests`, enough to load the same rule again."""
+    tests: tuple[Case, ...] = ()
 
     @property
     def values(self) -> dict[str, Scalar]:

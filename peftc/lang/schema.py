@@ -123,6 +123,48 @@ class DeltaFile(_Model):
     expect: Annotated[int, Field(ge=0)] | None = Field(None, description="how many sites the row must match")
 
 
+Result = Literal["merged", "widened", "constant", "kept"]
+Sites = Annotated[int, Field(ge=0)] | dict[Name, Annotated[int, Field(ge=0)]]
+Folds = Result | dict[Name, Result]
+
+
+class SameAsFile(_Model):
+    """Another rule, and how its parameters are called there."""
+
+    rule: Word = Field(description="a rule of the library, or a file beside this one")
+    hyper: dict[Name, Value] = Field({}, description="values for the other rule's hyperparameters")
+    map: dict[Name, Word] = Field(
+        {}, description="what this rule's rows and parameters are called there, where the names differ"
+    )
+
+
+class CaseFile(_Model):
+    """A test of the rule: what must hold of it on built-in tiny models; `peftc test` runs it."""
+
+    family: Words = Field(description="a built-in tiny model, or a list of them; or encoder, decoder, encoder-decoder")
+    head: Word | None = Field(None, description="the model's class, as for --head; the family's usual one by default")
+    hyper: dict[Name, Value] = Field({}, description="values for the rule's hyperparameters in this test")
+    sites: Sites | list[Sites] | None = Field(
+        None, description="how many sites each row matches: one number for all, or by row; a list: one for each family"
+    )
+    trained: Expression | list[Expression] | None = Field(
+        None, description="how many parameters train: a number, or a formula over hyperparameters; or one a family"
+    )
+    identity: bool | list[bool] | None = Field(
+        None, description="whether the outputs are the base's before training; or one for each family"
+    )
+    fold: Folds | list[Folds] | None = Field(
+        None, description="what becomes of the deltas when merged: one word for all, or by row; or one for each family"
+    )
+    forbidden: WhereFile | None = Field(
+        None, alias="not", description="sites, described as under `where`, that no row may touch"
+    )
+    same_as: Word | SameAsFile | None = Field(
+        None, description="another rule that computes the same with the same parameters"
+    )
+    error: Word | None = Field(None, description="the code with which the rule must be refused here, such as E020")
+
+
 class RuleFile(_Model):
     """A rule file."""
 
@@ -133,6 +175,7 @@ class RuleFile(_Model):
     hyper: dict[Name, Value | HyperFile] = Field({}, description="what --set may change, with defaults")
     deltas: dict[Name, DeltaFile] = Field({}, description="the rows of the table, by name")
     train: Words = Field([], description="globs over the base's parameters that are trained as they are")
+    tests: dict[Name, CaseFile] = Field({}, description="what must hold of the rule on built-in tiny models, by name")
 
 
 class FormFile(_Model):
@@ -190,6 +233,7 @@ def _belongs(key: str) -> str | None:
         (WhereFile, "under `where` of a row"),
         (ParamFile, "in a parameter"),
         (InlineForm, "under `form` of a row"),
+        (CaseFile, "in a test"),
         (RuleFile, "at the top of a rule"),
     ):
         if key in _fields(model):
@@ -208,13 +252,14 @@ def _told(model: type[BaseModel], path: Path) -> str | None:
 
 def _is_model(path: Path) -> bool:
     """Whether the mapping at `path` has the keys of a model, and not names of the user's."""
-    return not path or path[-1] not in ("params", "deltas", "hyper", "let", "args", "with", "from")
+    names = ("params", "deltas", "hyper", "let", "args", "with", "from", "tests", "map")
+    return not path or path[-1] not in names
 
 
 def _model_at(root: type[BaseModel], path: Path) -> type[BaseModel]:
     """The model of the mapping at `path`."""
-    by_key = {"where": WhereFile, "form": InlineForm, "attend": AttendFile}
-    by_parent = {"params": ParamFile, "deltas": DeltaFile, "hyper": HyperFile}
+    by_key = {"where": WhereFile, "not": WhereFile, "form": InlineForm, "attend": AttendFile, "same_as": SameAsFile}
+    by_parent = {"params": ParamFile, "deltas": DeltaFile, "hyper": HyperFile, "tests": CaseFile}
     parent, last = ("", "", *path)[-2:]
     if parent in by_parent:
         return by_parent[str(parent)]

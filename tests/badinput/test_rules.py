@@ -32,6 +32,10 @@ WRONG = {
         "E020", "a: {at: ffn, modify: out, form: bottleneck, where: {layers: [7]}}", "[7]",
         "these sites have: layers 0 to 1",
     ),
+    "embeddings are in no layer": (
+        "E020", "a: {at: embedding, modify: out, insert: sequential, form: vector, where: {layers: [-1]}}", "[-1]",
+        "these sites have: no layer",
+    ),
     "nothing of that role": (
         "E020", "a: {at: linear, modify: out, form: bottleneck, where: {role: gate}}", "gate",
         "these sites have: q, k, v",
