@@ -160,9 +160,9 @@ class Collector:
             raise PeftcError(sorted(self.errors, key=place))
 
 
-def place(diagnostic: Diagnostic) -> tuple[int, int]:
-    """What diagnostics of one file are sorted by; those without a span come first."""
-    return (diagnostic.span.line, diagnostic.span.col) if diagnostic.span else (0, 0)
+def place(diagnostic: Diagnostic) -> tuple[str, int, int]:
+    """What diagnostics are sorted by, those of one file together; those without a span come first."""
+    return (diagnostic.span.file, diagnostic.span.line, diagnostic.span.col) if diagnostic.span else ("", 0, 0)
 
 
 _MOST_COMPARED, _MOST_LISTED, _LONGEST_NAME = 128, 40, 64

@@ -28,12 +28,16 @@ def parse_form(text: str, file: str) -> Form:
         fail("E009", f"{file} must be a mapping of `key: value`", span=tree.span)
     check_version(tree, "peftc-form", "form")
     tree = check(tree, FormFile, collector)
-    arguments = _arguments(tree)
-    reader = Reader(collector, arguments)
-    scope = form_scope(arguments, _names(tree, "params"), loose=True)
-    form = read_form(tree, reader, scope, name=word(tree.get("name")) or "", file=file, key="dh")
+    form = form_of(tree, word(tree.get("name")) or "", file, collector)
     collector.raise_if_errors()
     return form
+
+
+def form_of(tree: MappingNode, name: str, file: str, collector: Collector) -> Form:
+    """The form that the body `tree` of a file holds."""
+    arguments = _arguments(tree)
+    scope = form_scope(arguments, _names(tree, "params"), loose=True)
+    return read_form(tree, Reader(collector, arguments), scope, name=name, file=file, key="dh")
 
 
 _FORM_HEADER = re.compile(r"^['\"]?peftc-form['\"]?\s*:", re.MULTILINE)

@@ -6,14 +6,13 @@ else, so that loading the result gives the same rule.
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
-import re
 from collections.abc import Mapping
 
 from peftc.diagnostics import Collector, did_you_mean
 from peftc.lang.complaints import shown
+from peftc.lang.emit import written
 from peftc.lang.reading import value, word
 from peftc.lang.rule import Hyper, Scalar
 from peftc.lang.tree import MAX_DIGITS, MappingNode, Node, ScalarNode, resolve_plain
@@ -23,7 +22,6 @@ SIZES = frozenset({"r", "l"})
 
 _BOUND = "change the value, or the bound under `hyper:`"
 _SIZE = "a size is a whole number from 1 on, as in r: 8"
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
@@ -53,10 +51,29 @@ def rewrite(text: str, node: Node | None, hypers: Mapping[str, Hyper], dropped: 
         scalar = _scalar(entry)
         if scalar is not None and name in hypers and not _same(scalar.value, hypers[name].value):
             tail = "\n" if text[scalar.start : scalar.end].endswith("\n") else ""
-            edits.append((scalar.start, scalar.end, _written(hypers[name].value) + tail))
+            edits.append((scalar.start, scalar.end, written(hypers[name].value) + tail))
     for start, end, replacement in sorted(edits, reverse=True):
         text = text[:start] + replacement + text[end:]
     return text
+
+
+def with_values(node: Node | None, hypers: Mapping[str, Hyper]) -> Node | None:
+    """The tree of `hyper:` with the values of `hypers` in place of the defaults that differ; see `rewrite`."""
+    if not isinstance(node, MappingNode):
+        return node
+    entries = dict(node.entries)
+    for name, (key, entry) in node.entries.items():
+        scalar = _scalar(entry)
+        if scalar is None or name not in hypers or _same(scalar.value, hypers[name].value):
+            continue
+        value = hypers[name].value
+        new = ScalarNode(written(value), value, scalar.span, scalar.start, scalar.end, exact=False)
+        if isinstance(entry, MappingNode):
+            inner = {**entry.entries, "default": (entry.key("default"), new)}
+            entries[name] = (key, MappingNode(inner, entry.span, entry.size))
+        else:
+            entries[name] = (key, new)
+    return MappingNode(entries, node.span, node.size)
 
 
 def check_size(hyper: Hyper, collector: Collector, *, whole: bool) -> None:
@@ -155,13 +172,3 @@ def _shown(value: Scalar) -> str:
     if isinstance(value, str):
         return f"the word `{shown(value)}`"
     return str(value).lower()
-
-
-def _written(value: Scalar) -> str:
-    """`value` as a YAML scalar that reads back as itself."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        plain = _PLAIN.fullmatch(value) and resolve_plain(value) == value
-        return value if plain else json.dumps(value, ensure_ascii=False)
-    return repr(value)

@@ -24,6 +24,8 @@ def schema_text(kind: str) -> str:
     model, title = KINDS[kind]
     schema = _tidied(model.model_json_schema(by_alias=True))
     _add_words(schema)
+    if kind == "rule":
+        _admit_parts(schema)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
     return json.dumps({**head, **schema}, indent=2, ensure_ascii=False) + "\n"
 
@@ -62,6 +64,58 @@ def _add_words(schema: dict[str, Any]) -> None:
         if key in row:
             row[key] = change(row[key], list(words))
     parameter["init"] = _offered(parameter["init"], ["zeros", "ones", "kaiming_uniform", "normal(0.02)"])
+
+
+_PARTS = ("DeltaFile", "ParamFile", "HyperFile", "FormBody")
+"""Models of which a rule that extends another may give a part."""
+
+
+def _admit_parts(schema: dict[str, Any]) -> None:
+    """A rule that extends another may give parts of rows and `null`: what a whole rule requires moves to an `else`."""
+    parts = {name: model for name, model in schema["$defs"].items() if name in _PARTS}
+    required = _required(schema, parts)
+    for model in parts.values():
+        model.pop("required", None)
+    schema["required"] = ["peftc"]
+    _admit_null([schema, *parts.values()])
+    schema |= {"if": {"required": ["extends"]}, "else": required}
+
+
+_REMOVABLE = ("hyper", "deltas", "forms", "params", "let")
+"""Mappings of names that the extending rule may remove entries of by `null`."""
+
+
+def _admit_null(models: list[dict[str, Any]]) -> None:
+    for model in models:
+        for key, field in model["properties"].items():
+            for names in (
+                part for part in [field, *field.get("anyOf", [])] if key in _REMOVABLE and "patternProperties" in part
+            ):
+                names["patternProperties"] = {
+                    pattern: {**(inner if "anyOf" in inner else {}), "anyOf": [*_branches_of(inner), {"type": "null"}]}
+                    for pattern, inner in names["patternProperties"].items()
+                }
+
+
+def _branches_of(node: dict[str, Any]) -> list[dict[str, Any]]:
+    return node.get("anyOf", [node])
+
+
+def _required(node: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    """The part of the schema `node` that says which keys must be there; a mapping alone has keys."""
+    if "$ref" in node:
+        return _required(models.get(node["$ref"].rpartition("/")[2], {}), models)
+    found: dict[str, Any] = {"required": node["required"]} if "required" in node else {}
+    for part in ("properties", "patternProperties"):
+        inner = {key: _required_of_any(value, models) for key, value in node.get(part, {}).items()}
+        found |= {part: kept} if (kept := {key: value for key, value in inner.items() if value}) else {}
+    return found
+
+
+def _required_of_any(node: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    """What any branch requires: those of the schemas here that are mappings exclude no others."""
+    found = [needed for branch in _branches_of(node) if (needed := _required(branch, models))]
+    return found[0] if found else {}
 
 
 def _closed(node: dict[str, Any], words: list[str]) -> dict[str, Any]:

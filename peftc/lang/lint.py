@@ -10,13 +10,14 @@ name that any expression reads, whether or not the expression is right.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, place
 from peftc.lang.expr import calls_in, name_nodes
 from peftc.lang.forms import expressions
 from peftc.lang.grammar import tree_of
+from peftc.lang.inherit import gathered
 from peftc.lang.library import form_names, load_form
 from peftc.lang.rule import Expr
 from peftc.lang.source import compose
@@ -31,11 +32,14 @@ def lint(text: str, file: str) -> list[Diagnostic]:
     try:
         tree = compose(text, file, Collector())
         if isinstance(tree, MappingNode):
-            kind = _lint_form if "peftc-form" in tree.entries else _lint_rule
-            kind(tree, collector)
+            if "peftc-form" in tree.entries:
+                _lint_form(tree, collector)
+            else:
+                _lint_rule(gathered(tree, text, file, Collector()), collector)
     except PeftcError as error:
         return [d for d in error.diagnostics if d.severity == "warning"]
-    return sorted(collector.diagnostics, key=place)
+    own = (d for d in collector.diagnostics if d.span is None or d.span.file == file)
+    return sorted(own, key=place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,16 @@ class _Reads:
 
 
 def _lint_rule(tree: MappingNode, collector: Collector) -> None:
-    rows = tree.get("deltas")
-    found = [_lint_row(row, collector) for _, row in _entries(rows) if isinstance(row, MappingNode)]
+    rows = [row for _, row in _entries(tree.get("deltas")) if isinstance(row, MappingNode)]
+    local = {key.text: body for key, body in _entries(tree.get("forms")) if isinstance(body, MappingNode)}
+    for body in local.values():
+        _lint_form(body, collector)
+    found = [_lint_row(row, local, collector) for row in rows]
+    used = {form.text for row in rows if isinstance(form := row.get("form"), ScalarNode)}
+    for key, _ in _entries(tree.get("forms")):
+        if key.text not in used:
+            help = "take it out, or name it in a row"
+            collector.warn("W008", f"no row has the form `{key.text}`", span=key.span, help=help)
     if not all(reads.known for reads in found):
         return
     read = frozenset[str]().union(*(reads.names for reads in found))
@@ -59,7 +71,7 @@ def _lint_rule(tree: MappingNode, collector: Collector) -> None:
             collector.warn("W003", f"nothing reads the hyperparameter `{key.text}`", span=key.span, help=help)
 
 
-def _lint_row(row: MappingNode, collector: Collector) -> _Reads:
+def _lint_row(row: MappingNode, local: Mapping[str, MappingNode], collector: Collector) -> _Reads:
     """Warn of what the row declares and does not read; the hyperparameters it reads."""
     form = row.get("form")
     own = _names(row, "compose", "let", "from") | _params(row)
@@ -68,7 +80,7 @@ def _lint_row(row: MappingNode, collector: Collector) -> _Reads:
         inside = _names(form, "expr", "attend", "let") | _params(form)
         _lint_parts(form, own | inside, collector, args="args")
     else:
-        inside, known = _form_reads(row, form)
+        inside, known = _form_reads(row, form, local)
     read = own | inside
     if known:
         _lint_parts(row, read, collector)
@@ -79,12 +91,14 @@ def _lint_row(row: MappingNode, collector: Collector) -> _Reads:
     return _Reads((read - given) | _values(row.get("with")) | conditions, known)
 
 
-def _form_reads(row: MappingNode, form: Node | None) -> tuple[frozenset[str], bool]:
+def _form_reads(row: MappingNode, form: Node | None, local: Mapping[str, MappingNode]) -> tuple[frozenset[str], bool]:
     """What the form of a row reads from outside itself, and whether that is known."""
     name = form.text if isinstance(form, ScalarNode) else ""
     params = {key.text for part in ("params", "from") for key, _ in _entries(row.get(part))}
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or name in params:
         return _expression(form), isinstance(form, ScalarNode)
+    if name in local:
+        return _form_names(local[name]) - {key.text for key, _ in _entries(local[name].get("params"))}, True
     if name not in form_names():
         return frozenset(), False
     try:
@@ -96,7 +110,11 @@ def _form_reads(row: MappingNode, form: Node | None) -> tuple[frozenset[str], bo
 
 
 def _lint_form(tree: MappingNode, collector: Collector) -> None:
-    _lint_parts(tree, _names(tree, "dh", "attend", "let") | _params(tree), collector, args="args")
+    _lint_parts(tree, _form_names(tree), collector, args="args")
+
+
+def _form_names(tree: MappingNode) -> frozenset[str]:
+    return _names(tree, "dh", "attend", "let") | _params(tree)
 
 
 def _lint_parts(node: MappingNode, read: frozenset[str], collector: Collector, args: str = "") -> None:

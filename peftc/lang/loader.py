@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean, fail
-from peftc.lang import forms, hypers
+from peftc.lang import emit, forms, hypers, inherit
 from peftc.lang.cases import CaseReader, place_of_tests
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
 from peftc.lang.library import SUFFIXES, catalogue, find, form_names, load_form, read, rule_files, shown_file
+from peftc.lang.local_forms import local_forms
 from peftc.lang.reading import Reader, word, words
 from peftc.lang.rows import RowReader
 from peftc.lang.rule import Delta, Expr, Glob, Hyper, Rule
@@ -85,12 +86,14 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     if not isinstance(tree, MappingNode):
         fail("E009", "a rule must be a mapping of `key: value`", span=tree.span, help="it starts with `peftc: 1`")
     forms.check_version(tree, "peftc", "rule")
-    declared, written, tests = tree.get("hyper"), _written_params(tree), tree.get("tests")
-    tree = check(tree, RuleFile, collector)
+    whole = inherit.gathered(tree, text, file, collector)
+    alone = whole is tree
+    declared, written, tests = whole.get("hyper"), _written_params(whole), whole.get("tests")
+    tree = check(whole, RuleFile, collector)
     values = hypers.resolve(tree.get("hyper"), sets or {}, collector)
     Reader(collector).fresh(tree.get("hyper"), "a hyperparameter", {})
     names = frozenset(declared.entries) if isinstance(declared, MappingNode) else frozenset[str]()
-    rows = RowReader(file, values, names, collector, written)
+    rows = RowReader(file, values, names, collector, written, local_forms(tree.get("forms"), collector))
     deltas = _deltas(tree, rows)
     _check_sizes(deltas, values, collector)
     train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
@@ -108,9 +111,24 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
         word(tree.get("doc")) or "",
         word(tree.get("paper")) or "",
         file,
-        _MODELINE.sub("", hypers.rewrite(text, tree.get("hyper"), values, place_of_tests(text, tree))),
+        _in_place(text, tree, values) if alone else _resolved(tree, values),
         cases,
     )
+
+
+def _in_place(text: str, tree: MappingNode, values: Mapping[str, Hyper]) -> str:
+    """The text of a rule that stands alone, with its values set and without its tests."""
+    return _MODELINE.sub("", hypers.rewrite(text, tree.get("hyper"), values, place_of_tests(text, tree)))
+
+
+def _resolved(tree: MappingNode, values: Mapping[str, Hyper]) -> str:
+    """The text of a rule that takes from other files, with all of that written in and without its tests."""
+    tree = MappingNode({name: entry for name, entry in tree.entries.items() if name != "tests"}, tree.span, tree.size)
+    if "hyper" in tree.entries:
+        hyper = hypers.with_values(tree.get("hyper"), values)
+        assert hyper is not None
+        tree = MappingNode({**tree.entries, "hyper": (tree.key("hyper"), hyper)}, tree.span, tree.size)
+    return emit.emit(tree)
 
 
 def _deltas(tree: MappingNode, reader: RowReader) -> tuple[Delta, ...]:

@@ -37,6 +37,8 @@ class RowReader:
     collector: Collector
     written: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Each row's names under `params:`, those with a wrong value too."""
+    forms: Mapping[str, Form | None] = field(default_factory=dict)
+    """The rule's own forms; None for one whose own mistakes are told."""
 
     def row(self, key: ScalarNode, node: MappingNode) -> Delta | None:
         """The delta of one row; None after an error that leaves no delta."""
@@ -176,13 +178,16 @@ class RowReader:
             return Form("", dh=dh, file=self.file) if dh else None
         if name in written:
             return None  # a parameter whose own mistake is told
+        if name in self.forms:
+            return self.forms[name]
         clash = catalogue("forms").clash(name, "form")
         if clash is not None:
             self.collector.error(clash.code, clash.message, span=given.span, help=clash.help)
             return None
         if name not in form_names():
+            known = [*self.forms, *form_names()]
             tensor = name in {"x", "h", *_taps_of(node), *_keys(node, "let")}
-            help = f"as an expression: identity({name})" if tensor else did_you_mean(name, form_names())
+            help = f"as an expression: identity({name})" if tensor else did_you_mean(name, known)
             self.collector.error("E006", f"unknown form `{shown(name)}`", span=given.span, help=help)
             self.collector.extend_once(catalogue("forms").problems)
             return None

@@ -165,6 +165,18 @@ class CaseFile(_Model):
     error: Word | None = Field(None, description="the code with which the rule must be refused here, such as E020")
 
 
+class FormBody(_Model):
+    """A functional form: what a form file says beside its header, and an entry of `forms` in a rule."""
+
+    doc: str = Field("", description="what the form computes, in a sentence")
+    paper: str = Field("", description="where the form comes from")
+    args: dict[Name, Value | None] = Field({}, description=_ARGS)
+    params: dict[Name, ParamFile] = Field({}, description=_PARAMS)
+    let: dict[Name, Expression] = Field({}, description=_LET)
+    dh: Expression | None = Field(None, description="dh as an expression in x, the parameters and `let` names")
+    attend: AttendFile | None = Field(None, description=_ATTEND)
+
+
 class RuleFile(_Model):
     """A rule file."""
 
@@ -173,23 +185,21 @@ class RuleFile(_Model):
     doc: str = Field("", description="what the method is, in a sentence")
     paper: str = Field("", description="where the method comes from")
     hyper: dict[Name, Value | HyperFile] = Field({}, description="what --set may change, with defaults")
+    extends: Word | None = Field(
+        None, description="the rule that this one changes: a name of the library, or a .yaml file beside this one"
+    )
+    include: list[Word] = Field([], description="files of forms, relative to this one, to be named in rows")
+    forms: dict[Name, FormBody] = Field({}, description="the rule's own forms, by the name that rows give them")
     deltas: dict[Name, DeltaFile] = Field({}, description="the rows of the table, by name")
     train: Words = Field([], description="globs over the base's parameters that are trained as they are")
     tests: dict[Name, CaseFile] = Field({}, description="what must hold of the rule on built-in tiny models, by name")
 
 
-class FormFile(_Model):
+class FormFile(FormBody):
     """A form file."""
 
     version: Literal[1] = Field(alias="peftc-form", description="the format of form files; this peftc reads 1")
     name: Word = Field(description="the form's name, that of its file")
-    doc: str = Field("", description="what the form computes, in a sentence")
-    paper: str = Field("", description="where the form comes from")
-    args: dict[Name, Value | None] = Field({}, description=_ARGS)
-    params: dict[Name, ParamFile] = Field({}, description=_PARAMS)
-    let: dict[Name, Expression] = Field({}, description=_LET)
-    dh: Expression | None = Field(None, description="dh as an expression in x, the parameters and `let` names")
-    attend: AttendFile | None = Field(None, description=_ATTEND)
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:
@@ -235,6 +245,7 @@ def _belongs(key: str) -> str | None:
         (InlineForm, "under `form` of a row"),
         (CaseFile, "in a test"),
         (RuleFile, "at the top of a rule"),
+        (FormBody, "in a form"),
     ):
         if key in _fields(model):
             return f"`{key}` stands {place}"
@@ -252,14 +263,14 @@ def _told(model: type[BaseModel], path: Path) -> str | None:
 
 def _is_model(path: Path) -> bool:
     """Whether the mapping at `path` has the keys of a model, and not names of the user's."""
-    names = ("params", "deltas", "hyper", "let", "args", "with", "from", "tests", "map")
+    names = ("params", "deltas", "hyper", "forms", "let", "args", "with", "from", "tests", "map")
     return not path or path[-1] not in names
 
 
 def _model_at(root: type[BaseModel], path: Path) -> type[BaseModel]:
     """The model of the mapping at `path`."""
     by_key = {"where": WhereFile, "not": WhereFile, "form": InlineForm, "attend": AttendFile, "same_as": SameAsFile}
-    by_parent = {"params": ParamFile, "deltas": DeltaFile, "hyper": HyperFile, "tests": CaseFile}
+    by_parent = {"params": ParamFile, "deltas": DeltaFile, "hyper": HyperFile, "forms": FormBody, "tests": CaseFile}
     parent, last = ("", "", *path)[-2:]
     if parent in by_parent:
         return by_parent[str(parent)]

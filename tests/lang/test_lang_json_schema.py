@@ -30,6 +30,7 @@ def mismatches(value: object, node: dict[str, Any], root: dict[str, Any], at: st
     """Where `value` does not fit the schema `node`: the part of JSON Schema that the schemas use, and no more."""
     known = {"$ref", "anyOf", "enum", "const", "type", "properties", "patternProperties", "propertyNames", "required"}
     known |= {"items", "pattern", "minLength", "minimum", "additionalProperties", "description", "default"}
+    known |= {"if", "else"}
     assert node.keys() - {"$schema", "$defs", "title"} <= known, node.keys() - known
     if "$ref" in node:
         return mismatches(value, root["$defs"][node["$ref"].rpartition("/")[2]], root, at)
@@ -38,6 +39,14 @@ def mismatches(value: object, node: dict[str, Any], root: dict[str, Any], at: st
         return [] if [] in branches else min(branches, key=len)
     if ("enum" in node and value not in node["enum"]) or ("const" in node and value != node["const"]):
         return [f"{at}: {value!r}"]
+    if (
+        "if" in node
+        and mismatches(value, node["if"], root, at)
+        and (found := mismatches(value, node["else"], root, at))
+    ):
+        return found
+    if "type" not in node:  # of `if` and `else`, which say what a mapping holds and nothing of other values
+        return _mapping_mismatches(value, node, root, at) if isinstance(value, dict) else []
     kinds = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
     kind = {**kinds, "object": dict, "array": list}[node["type"]]
     if not isinstance(value, kind) or (isinstance(value, bool) and node["type"] in ("integer", "number")):
@@ -112,6 +121,19 @@ def test_what_the_schema_refuses_the_compiler_refuses(good: str, bad: str) -> No
     assert mismatches(document(text), schema("rule"), schema("rule"))
     with pytest.raises(PeftcError):
         parse_rule(text, "t.yaml")
+
+
+EXTENDING = (
+    "peftc: 1\nextends: lora\nhyper: {alpha: null, r: 4}\ndeltas: {lora: {where: {layers: 0-1}, params: {z: null}}}\n"
+)
+
+
+def test_rule_that_extends_another_may_give_parts_and_null() -> None:
+    assert mismatches(document(EXTENDING), schema("rule"), schema("rule")) == []
+    alone = EXTENDING.replace("extends: lora", "name: t")
+    assert mismatches(document(alone), schema("rule"), schema("rule")) == [
+        f".deltas.lora: no {key}" for key in ("at", "modify", "form")
+    ]
 
 
 @pytest.mark.parametrize("kind", ["rule", "form"])
