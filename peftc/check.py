@@ -75,6 +75,7 @@ def _check_file(name: str, sets: Mapping[str, object], insert: Insert | None) ->
     from peftc.lang.forms import is_form, parse_form
     from peftc.lang.lint import lint
     from peftc.lang.loader import parse_rule, rule_source
+    from peftc.lang.shapes.check import check_row
 
     try:
         text, file = rule_source(name)
@@ -86,6 +87,8 @@ def _check_file(name: str, sets: Mapping[str, object], insert: Insert | None) ->
             parse_form(text, file)
         else:
             rule = parse_rule(text, file, sets)
+            told = (diagnostic for delta in rule.deltas for diagnostic in check_row(delta, rule.hyper))
+            found += (diagnostic for diagnostic in told if diagnostic.severity == "warning")
             found += [] if insert is None else _against_model(rule, insert)
     except PeftcError as error:
         found += error.diagnostics

@@ -147,6 +147,7 @@ def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdo
     from peftc.lang.arguments import count
     from peftc.lang.extensions import LIBRARY, extension_ops
     from peftc.lang.grammar import STATIC_CALLS
+    from peftc.lang.op_shapes import shapes_of
     from peftc.lang.ops import INITS, OPS
 
     tables = {"ops": OPS, "sizes": STATIC_CALLS, "inits": INITS}
@@ -157,10 +158,12 @@ def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdo
             kind: [{**_described(op), "from": origins.get(op.name, LIBRARY)} for op in table.values()]
             for kind, table in tables.items()
         }
+        found["ops"] = [{**op, "shapes": shapes_of(str(op["name"]))} for op in found["ops"]]
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         end_with([*extra.problems, *extra.clashes("op")])
         return
     width = max(len(name) for table in tables.values() for name in table)
+    shapes = max(len(text) for text in map(shapes_of, OPS))
     titles = {"ops": "Ops, in `form`, `compose` and `let`", "sizes": "In sizes and conditions", "inits": "In `init`"}
     for position, (kind, table) in enumerate(tables.items()):
         typer.echo(("\n" if position else "") + f"{titles[kind]}:\n")
@@ -168,7 +171,8 @@ def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdo
             arguments = count(op).removesuffix("s").removesuffix(" argument") if op.arity[1] else "-"
             keywords = f" [{', '.join(op.keywords)}]" if op.keywords else ""
             origin = f" ({origins[op.name]})" if kind == "ops" and op.name in origins else ""
-            typer.echo(f"  {op.name:<{width}}  {arguments + keywords:<12}  {op.doc}{origin}")
+            takes = f"  {shapes_of(op.name):<{shapes}}" if kind == "ops" else ""
+            typer.echo(f"  {op.name:<{width}}  {arguments + keywords:<12}{takes}  {op.doc}{origin}")
     end_with([*extra.problems, *extra.clashes("op")])
 
 

@@ -15,7 +15,8 @@ from peftc.lang.ops import INITS
 from peftc.lang.reading import Reader, Scope, form_scope, value, word
 from peftc.lang.rule import Attend, Expr, Form, Param, Scalar
 from peftc.lang.schema import FormFile, check
-from peftc.lang.sites import DIMS
+from peftc.lang.shapes.check import check_form
+from peftc.lang.sites import DIMS, TAPS
 from peftc.lang.source import compose
 from peftc.lang.tree import MappingNode, ScalarNode
 
@@ -29,6 +30,8 @@ def parse_form(text: str, file: str) -> Form:
     check_version(tree, "peftc-form", "form")
     tree = check(tree, FormFile, collector)
     form = form_of(tree, word(tree.get("name")) or "", file, collector)
+    collector.raise_if_errors()
+    collector.extend(check_form(form, needs(form).keys() - TAPS))
     collector.raise_if_errors()
     return form
 

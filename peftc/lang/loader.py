@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean, fail
@@ -26,6 +26,7 @@ from peftc.lang.reading import Reader, word, words
 from peftc.lang.rows import RowReader
 from peftc.lang.rule import Delta, Expr, Glob, Hyper, Rule
 from peftc.lang.schema import RuleFile, check
+from peftc.lang.shapes.check import check_row
 from peftc.lang.source import compose, read_text
 from peftc.lang.tree import MappingNode
 from peftc.lang.uses import size_names
@@ -96,6 +97,7 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     rows = RowReader(file, values, names, collector, written, local_forms(tree.get("forms"), collector))
     deltas = _deltas(tree, rows)
     _check_sizes(deltas, values, collector)
+    _check_shapes([delta for delta in deltas if delta.name in rows.sound], values, collector)
     train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
     if not tree.get("deltas") and not train and not collector.errors:
         help = "`deltas` adds parameters to the model, `train` names parameters it has"
@@ -135,9 +137,12 @@ def _deltas(tree: MappingNode, reader: RowReader) -> tuple[Delta, ...]:
     rows = tree.get("deltas")
     found: list[Delta] = []
     for key, node in rows.entries.values() if isinstance(rows, MappingNode) else ():
+        before = len(reader.collector.errors)
         delta = reader.row(key, node) if isinstance(node, MappingNode) else None
         if delta is not None:
             found.append(delta)
+        if len(reader.collector.errors) == before:
+            reader.sound.add(key.text)
     return tuple(found)
 
 
@@ -169,6 +174,13 @@ def _check_sizes(deltas: tuple[Delta, ...], values: Mapping[str, Hyper], collect
     for name, whole in sizes.items():
         if name in values and name not in hypers.SIZES:
             hypers.check_size(values[name], collector, whole=whole)
+
+
+def _check_shapes(deltas: Iterable[Delta], values: Mapping[str, Hyper], collector: Collector) -> None:
+    """E013 for what cannot fit in the rows, once every size is a size."""
+    if not any(error.code == "E014" for error in collector.errors):
+        for delta in deltas:
+            collector.extend(found for found in check_row(delta, values) if found.severity == "error")
 
 
 def _is_path(name: str) -> bool:

@@ -39,6 +39,8 @@ class RowReader:
     """Each row's names under `params:`, those with a wrong value too."""
     forms: Mapping[str, Form | None] = field(default_factory=dict)
     """The rule's own forms; None for one whose own mistakes are told."""
+    sound: set[str] = field(default_factory=set)
+    """Names of the rows that were read without a mistake."""
 
     def row(self, key: ScalarNode, node: MappingNode) -> Delta | None:
         """The delta of one row; None after an error that leaves no delta."""

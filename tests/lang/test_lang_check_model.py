@@ -50,7 +50,7 @@ def test_row_that_matches_nothing_is_told_at_the_condition(bert: Path, tmp_path:
 
 
 def test_parameter_without_gradient_is_told_at_its_row(bert: Path, tmp_path: Path) -> None:
-    row = "  a: {at: ffn, modify: out, form: sign(v) * x, params: {v: {shape: [r * 8], init: ones}}}\n"
+    row = "  a: {at: ffn, modify: out, form: r * sign(v) * x, params: {v: {shape: [d_in], init: ones}}}\n"
     (found,) = told(row, bert, tmp_path)
     assert (found.code, found.span.line if found.span else 0) == ("E024", 5)
 

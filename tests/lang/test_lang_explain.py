@@ -115,5 +115,5 @@ def test_ops_lists_every_op_and_initial_value() -> None:
     assert names == [*OPS, *STATIC_CALLS, *INITS]
     found = json.loads(CliRunner().invoke(app, ["ops", "--json"]).output)
     linear = {"name": "linear", "arity": [2, 3], "doc": OPS["linear"].doc, "keywords": [], "from": "peftc"}
-    assert found["ops"][0] == linear
+    assert found["ops"][0] == {**linear, "shapes": "[.., i], [o, i], [o] -> [.., o]"}
     assert [op["name"] for op in found["inits"]] == list(INITS)

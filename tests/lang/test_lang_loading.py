@@ -188,9 +188,9 @@ deltas:
     with: {c: k / 4, f: act, d_out: 3}
     where: {layers: first  4, stack: encoder, kind: [self, cross], role: q, path: "*.query", if: d_in > k}
     params:
-      g: {shape: [1, k], init: constant(k), dtype: float16, share: layer, frozen: true, if: has_bias}
+      g: {shape: [1, k + 1], init: constant(k), dtype: float16, share: layer, frozen: true, if: has_bias}
     let: {y: sigmoid(g) * dh}
-    compose: h + y
+    compose: h + sum(y)
     expect: 0
   b: {at: attention, modify: heads, form: {attend: {keys: K, values: K}, params: {K: {shape: [k, 1, 1], init: 0}}},
       compose: gate, lower: gated, where: {layers: [0, -1]}}
@@ -219,7 +219,7 @@ train: classifier.*
 
 
 def test_size_below_one_is_told_wherever_a_shape_reads_it() -> None:
-    row = "  a: {at: ffn, modify: out, form: W, with: {n: k}, params: {W: {shape: [n, 2 * m], init: zeros}}}\n"
+    row = "  a: {at: ffn, modify: out, form: sum(W), with: {n: k}, params: {W: {shape: [n, 2 * m], init: zeros}}}\n"
     text = "peftc: 1\nname: t\nhyper: {k: 1, m: 1}\ndeltas:\n" + row
     assert parse_rule(text, "t.yaml")
     assert told(text, k=0, m=-1) == [
