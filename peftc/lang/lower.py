@@ -183,7 +183,7 @@ class Lowering:
             return write()
         except PeftcError as error:
             raise error.at(self._span(node)) from error
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
             shapes = ", ".join(_describe(arg) for arg in args if isinstance(arg, (fx.Node, type(None))))
             reason = str(error).strip().splitlines() or [type(error).__name__]
             fail(

@@ -137,6 +137,8 @@ def _kron(builder: Builder, a: fx.Node, b: fx.Node) -> fx.Node:
 
 def _gather(builder: Builder, x: fx.Node, index: Value, dim: int = -1) -> fx.Node:
     if not isinstance(index, list):
+        if index.meta["val"].dim() > 1:  # torch refuses it only when it runs
+            raise IndexError("the index is a list or a vector")
         return builder.call(aten.index_select.default, x, dim, _integers(builder, index))
     size, axis = _shape(x)[dim], dim % x.meta["val"].dim()
     if not index or not all(isinstance(i, int) and -size <= i < size for i in index):

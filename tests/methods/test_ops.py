@@ -123,16 +123,16 @@ def _gram_schmidt(rows: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-class _Bench:
-    """A graph with nothing but parameters a, b, c, and expressions of them."""
+class Bench:
+    """A graph with nothing but parameters, named a, b, c where no names are given, and expressions of them."""
 
-    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(self, shapes: tuple[tuple[int, ...], ...] | dict[str, tuple[int, ...]]) -> None:
         base = torch.export.export(torch.nn.Linear(1, 1).to("meta"), (torch.zeros(1, 1, device="meta"),))
         self.program = Program.from_exported(base)
         generator = torch.Generator().manual_seed(0)
         parameters = {
             name: DeltaParameter(name, shape, torch.float64, Init("zeros"), delta="test")
-            for name, shape in zip("abc", shapes, strict=False)
+            for name, shape in (shapes if isinstance(shapes, dict) else dict(zip("abc", shapes, strict=False))).items()
         }
         self.nodes = {name: self.program.add_parameter(parameter) for name, parameter in parameters.items()}
         self.values = {
@@ -164,7 +164,7 @@ def test_every_op_of_the_table_has_a_writer_and_a_case() -> None:
 
 @pytest.mark.parametrize(("expression", "shapes", "reference"), CASES, ids=[case for case, _, _ in CASES])
 def test_op_is_what_torch_computes(expression: str, shapes: tuple[tuple[int, ...], ...], reference: Reference) -> None:
-    bench = _Bench(shapes)
+    bench = Bench(shapes)
     wanted = bench.lower(expression)
     operands = list(bench.values.values())
     got = bench.run(wanted)
@@ -190,7 +190,7 @@ def test_op_is_what_torch_computes(expression: str, shapes: tuple[tuple[int, ...
     ["gather(a, minimum(floor(abs(b)), 3))", "skew(b)[0] @ a.T", "circulant(a)", "solve(a @ a.T + eye(2), a)"],
 )
 def test_a_fold_computes_the_same_in_its_own_dtype(expression: str, dtype: torch.dtype) -> None:
-    bench = _Bench(((2, 4), (6,) if "skew(b)" not in expression else (1, 6)))
+    bench = Bench(((2, 4), (6,) if "skew(b)" not in expression else (1, 6)))
     wanted = bench.lower(expression)
     value = evaluate(bench.program, wanted, {}, lambda name: bench.values[name].detach(), dtype)
     torch.testing.assert_close(value.double(), bench.run(wanted).detach(), rtol=1e-4, atol=1e-4)
@@ -208,5 +208,5 @@ def test_a_fold_computes_the_same_in_its_own_dtype(expression: str, dtype: torch
 )
 def test_operands_that_do_not_fit_are_told(expression: str, shapes: tuple[tuple[int, ...], ...], told: str) -> None:
     with pytest.raises(PeftcError, match="E013") as raised:
-        _Bench(shapes).lower(expression)
+        Bench(shapes).lower(expression)
     assert told in str(raised.value)

@@ -68,7 +68,8 @@ def _reshape(sizes: Sizes, operands: Operands, _: Keywords) -> Shape:
     except Misfit as misfit:
         last = [size for size in wanted if size is not None]
         parts = ", ".join(str(size) for size in last)
-        fits = len(last) == len(wanted) and sizes.verdict(x.last(1)[0], product(last)) == "same"
+        several = 1 < len(last) == len(wanted)
+        fits = several and sizes.verdict(x.last(1)[0], product(last)) in ("same", "maybe", "by chance")
         whole_axis = f"to part the last axis write unflatten({{0}}, -1, [{parts}])" if fits else None
         raise Misfit(misfit.reason, *misfit.operands, help=whole_axis) from None
 

@@ -142,21 +142,21 @@ def _for_row(delta: Delta, found: list[Diagnostic]) -> list[Diagnostic]:
 def _check_composition(walk: Walk, delta: Delta, place: Place, dh: Value) -> None:
     """The composed value must have the shape of h."""
     word = delta.compose.tree.id if isinstance(delta.compose.tree, ast.Name) else ""
-    span = delta.span_at("compose" if "compose" in delta.spans else "form")
     if word == "gate" or (delta.form.attend is not None and word == "add"):
         return
     if word == "prepend":
-        _match(walk, delta, dh, Shape((None, symbol("d_out"))), span)
+        _match(walk, delta, place, dh, Shape((symbol("d_out"),), open=True))
         return
     before = len(walk.found)
     written = "compose" in delta.spans and word != "add"
-    result = walk.value(delta.compose if written else replace(_SUM, span=span))
+    result = walk.value(delta.compose if written else replace(_SUM, span=_span(delta)))
     if len(walk.found) == before:
-        _match(walk, delta, result, place.h, span)
+        _match(walk, delta, place, result, place.h)
 
 
-def _match(walk: Walk, delta: Delta, result: Value, wanted: Shape, span: Span | None) -> None:
+def _match(walk: Walk, delta: Delta, place: Place, result: Value, wanted: Shape) -> None:
     """E013 where `result` cannot have the shape `wanted`."""
+    span = _span(delta)
     if not isinstance(result, Shape):
         return
     short = len(result.sizes) < len(wanted.sizes) and not result.open
@@ -171,9 +171,13 @@ def _match(walk: Walk, delta: Delta, result: Value, wanted: Shape, span: Span | 
         reason = reason or misfit.reason
     walk.warn(delta.compose.text, span)
     if reason is not None:
-        taps = " or ".join(f"`{tap}`" for tap in delta.modify)
-        told = f"the new value of {taps} is {result}, but {taps} is {wanted}"
+        article = "an" if place.site in ("attention", "ffn", "embedding") else "a"
+        told = f"the new value is {result}, but `{place.tap}` of {article} {place.site} is {wanted}"
         walk.found.append(Diagnostic("E013", told, span, _why(walk, result, reason)))
+
+
+def _span(delta: Delta) -> Span | None:
+    return delta.span_at("compose" if "compose" in delta.spans else "form")
 
 
 def _why(walk: Walk, result: Shape, reason: str) -> str:
