@@ -31,16 +31,17 @@ def parse_form(text: str, file: str) -> Form:
     tree = check(tree, FormFile, collector)
     form = form_of(tree, word(tree.get("name")) or "", file, collector)
     collector.raise_if_errors()
-    collector.extend(check_form(form, needs(form).keys() - TAPS))
-    collector.raise_if_errors()
     return form
 
 
 def form_of(tree: MappingNode, name: str, file: str, collector: Collector) -> Form:
-    """The form that the body `tree` of a file holds."""
-    arguments = _arguments(tree)
+    """The form that the body `tree` of a file holds, its shapes checked where nothing else is wrong."""
+    arguments, before = _arguments(tree), len(collector.errors)
     scope = form_scope(arguments, _names(tree, "params"), loose=True)
-    return read_form(tree, Reader(collector, arguments), scope, name=name, file=file, key="dh")
+    form = read_form(tree, Reader(collector, arguments), scope, name=name, file=file, key="dh")
+    if len(collector.errors) == before:
+        collector.extend(check_form(form, needs(form).keys() - TAPS))
+    return form
 
 
 _FORM_HEADER = re.compile(r"^['\"]?peftc-form['\"]?\s*:", re.MULTILINE)
