@@ -76,6 +76,7 @@ def _check_file(name: str, sets: Mapping[str, object], insert: Insert | None) ->
     from peftc.lang.lint import lint
     from peftc.lang.loader import parse_rule, rule_source
     from peftc.lang.shapes.check import check_row
+    from peftc.patterns.reading import is_pattern, parse_pattern
 
     try:
         text, file = rule_source(name)
@@ -85,6 +86,8 @@ def _check_file(name: str, sets: Mapping[str, object], insert: Insert | None) ->
     try:
         if is_form(text):
             parse_form(text, file)
+        elif is_pattern(text):
+            parse_pattern(text, file)
         else:
             rule = parse_rule(text, file, sets)
             told = (diagnostic for delta in rule.deltas for diagnostic in check_row(delta, rule.hyper))

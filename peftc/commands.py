@@ -38,6 +38,7 @@ class FileKind(str, Enum):
 
     rule = "rule"
     form = "form"
+    pattern = "pattern"
 
 
 def check(
@@ -181,9 +182,11 @@ def _described(op: Op) -> dict[str, object]:
 
 
 def schema(
-    kind: Annotated[FileKind, typer.Argument(metavar="[rule|form]", help="Which kind of file.")] = FileKind.rule,
+    kind: Annotated[
+        FileKind, typer.Argument(metavar="[rule|form|pattern]", help="Which kind of file.")
+    ] = FileKind.rule,
 ) -> None:
-    """Print the JSON Schema of rule or form files, for editors."""
+    """Print the JSON Schema of rule, form or pattern files, for editors."""
     from peftc.lang.json_schema import schema_text
 
     typer.echo(schema_text(kind.value), nl=False)

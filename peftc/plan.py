@@ -20,6 +20,7 @@ from peftc.ir.sites import Site
 from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
 from peftc.lang.static import evaluate_static
 from peftc.locate.walk import common_path
+from peftc.patterns.sites import find
 from peftc.refer import Source, referred
 from peftc.select import condition_env, nearest_miss, selected
 
@@ -112,10 +113,12 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
     dtype = dtype or delta_dtype(program)
     collector = Collector()
     edits: list[Edit] = []
+    own = find(program, rule.patterns.values())
+    located = (*program.sites, *own.sites)
     for delta in rule.deltas:
-        sites = selected(delta, rule, program.sites)
+        sites = selected(delta, rule, located)
         if not sites:
-            message, span, help_line = nearest_miss(delta, rule, program.sites)
+            message, span, help_line = nearest_miss(delta, rule, located, own.missed)
             collector.error("E020", message, span=span, help=help_line)
             continue
         if delta.expect is not None and delta.expect != len(sites):
@@ -125,7 +128,7 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
                 span=delta.span_at("expect"),
                 help="`peftc sites` shows what the model has",
             )
-        edits.extend(_edits(rule, delta, sites, dtype, collector, program.sites))
+        edits.extend(_edits(rule, delta, sites, dtype, collector, located))
     named = (name for name in base if name in fresh or _is_trained(rule, name))
     trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
     for glob in rule.train:
@@ -198,11 +201,12 @@ def site_statics(rule: Rule, delta: Delta, site: Site, tap: str, sources: Mappin
     env.update({name: value for name, value in site.dims.items() if name not in ("d_in", "d_out")})
     value = site.taps[tap]
     shape = value.canonical_shape
-    env["d_out"] = int(shape[0]) if tap == "weight" else value.width  # pyright: ignore[reportArgumentType]
-    if tap == "weight" and len(shape) > 1:
+    weight = tap == "weight" or (value.user is not None and len(shape) > 1)
+    env["d_out"] = int(shape[0]) if weight else value.width  # pyright: ignore[reportArgumentType]
+    if weight and len(shape) > 1:
         env["d_in"] = int(shape[1])  # pyright: ignore[reportArgumentType]
     source = input_tap(delta, site, tap)
-    if tap != "weight" and source is not None:
+    if not weight and source is not None:
         env["d_in"] = site.taps[source].width
     if "x" in sources:
         env["d_in"] = sources["x"].tap.width
@@ -215,16 +219,15 @@ def site_statics(rule: Rule, delta: Delta, site: Site, tap: str, sources: Mappin
     return env
 
 
-_PARALLEL_INPUT = {"k": "ctx", "v": "ctx"}
-
-
 def input_tap(delta: Delta, site: Site, tap: str) -> str | None:
     """The tap that is the delta's input x, or None where the insertion has none (weights, biases, embeddings)."""
     if "x" in delta.sources:
         return None
     if delta.insert == "sequential":
         return tap
-    name = _PARALLEL_INPUT.get(tap, "x") if delta.insert == "parallel" else delta.insert
+    name = delta.insert
+    if name == "parallel":
+        name = "ctx" if tap in ("k", "v") and "ctx" in site.taps else "x"
     if name in site.taps:
         return name
     if delta.insert in ("parallel", "x"):
@@ -242,7 +245,7 @@ def _ranks(sites: list[Site]) -> dict[int, int]:
     seen: dict[str, list[tuple[str, ...]]] = {}
     ranks: dict[int, int] = {}
     for site in sites:
-        identity = tuple(linear.weight_name for linear in site.linears.values()) or (site.kind,)
+        identity = tuple(linear.weight_name for linear in site.linears.values()) or site.identity or (site.kind,)
         known = seen.setdefault(site.path, [])
         if identity not in known:
             known.append(identity)

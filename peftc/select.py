@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from peftc.diagnostics import Span
 from peftc.ir.sites import Site
 from peftc.lang.expr import names_in
 from peftc.lang.rule import Delta, Expr, Rule, Scalar, Where
 from peftc.lang.static import evaluate_static
+
+if TYPE_CHECKING:
+    from peftc.patterns.sites import NearestMiss
 
 Condition = tuple[str, Callable[[Site], bool]]
 
@@ -74,10 +78,21 @@ def layer_set(layers: tuple[int, ...] | str | None, count: int) -> set[int]:
     return {index + count if index < 0 else index for index in layers}
 
 
-def nearest_miss(delta: Delta, rule: Rule, sites: Sequence[Site]) -> tuple[str, Span | None, str]:
-    """Why nothing matched: message, place and help, for the condition that excluded the last candidates."""
+def nearest_miss(
+    delta: Delta, rule: Rule, sites: Sequence[Site], missed: Mapping[str, NearestMiss]
+) -> tuple[str, Span | None, str]:
+    """Why nothing matched: message, place and help, for the condition that excluded the last candidates.
+
+    `missed` are the patterns that found nothing, each told at the line of the pattern that excluded the nearest.
+    """
     of_kind = [site for site in sites if site.kind in delta.at]
     wanted = " or ".join(delta.at)
+    own = next((missed[name] for name in delta.at if name in missed), None)
+    if not of_kind and own is not None:
+        reason, span, place = own.told()
+        at = delta.span_at("at")
+        help = f"{place}{'; ' if place else ''}the row is at {at}" if at is not None else place
+        return f"delta `{delta.name}` matches nothing: {reason}", span, help
     if not of_kind:
         kinds = sorted({site.kind for site in sites if site.kind != "model"})
         message = f"delta `{delta.name}` matches nothing: this model has no {wanted} site"

@@ -82,7 +82,7 @@ def _kept(insertion: Insertion, reason: str, node: fx.Node | None = None) -> Dec
 def _decide(reach: Reach, insertion: Insertion) -> Decision:
     if insertion.lowering in ("concat", "gated", "prepend"):
         return _decide_constant(reach, insertion)
-    if insertion.tap in ("weight", "bias"):
+    if insertion.site.taps[insertion.tap].user is not None:
         return _decide_parameter(reach, insertion)
     kind = classify(insertion.nodes, reach.streams(insertion), reach.parameters)[insertion.after]
     if isinstance(kind, Affine):
@@ -164,12 +164,12 @@ def _merged(
 
 
 def _same_value(a: fx.Node | None, b: object) -> bool:
-    """Whether two nodes are one value up to casts, which a fold computes without."""
-    return a is not None and _uncast(a) is _uncast(b)
+    """Whether two nodes are one value up to casts and dropout, which a fold computes without."""
+    return a is not None and _plain(a) is _plain(b)
 
 
-def _uncast(node: object) -> object:
-    while isinstance(node, fx.Node) and is_call(node, aten.to.dtype):
+def _plain(node: object) -> object:
+    while isinstance(node, fx.Node) and is_call(node, aten.to.dtype, aten.dropout.default):
         node = node.args[0]
     return node
 
@@ -224,7 +224,7 @@ def _on_weights(ledger: list[Insertion], linear: Linear | None) -> list[Insertio
     if linear is None:
         return []
     own = (linear.weight, linear.bias)
-    return [entry for entry in ledger if entry.tap in ("weight", "bias") and entry.site.taps[entry.tap].node in own]
+    return [entry for entry in ledger if entry.site.taps[entry.tap].node in own]
 
 
 def _adds(entry: Insertion) -> bool:

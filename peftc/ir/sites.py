@@ -159,6 +159,8 @@ class Site:
     region: Region | None = None
     missing: dict[str, str] = field(default_factory=dict)
     """Why a tap that such a site may have is not here."""
+    identity: tuple[str, ...] = ()
+    """What tells sites under one path apart, where their linear layers do not."""
 
     def describe(self) -> str:
         words = [self.kind]

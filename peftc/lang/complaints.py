@@ -27,6 +27,7 @@ _EXPECTED = {
     "string_type": "a word",
     "string_too_short": "a word",
     "list_type": "a list",
+    "too_short": "a list of two or more",
     "dict_type": "a mapping of `key: value`",
     "model_type": "a mapping of `key: value`",
 }

@@ -56,7 +56,7 @@ def check_version(tree: MappingNode, key: str, what: str) -> None:
     """Raise E019 when the header is of another kind of file or of a version this peftc does not read."""
     node = tree.get(key)
     if node is None:
-        for other, kind in (("peftc", "rule"), ("peftc-form", "form")):
+        for other, kind in (("peftc", "rule"), ("peftc-form", "form"), ("peftc-pattern", "pattern")):
             if other != key and other in tree.entries:
                 help = f"a {what} starts with `{key}: 1`"
                 fail("E019", f"this is a {kind} file, not a {what}", span=tree.key(other).span, help=help)

@@ -1,9 +1,9 @@
-"""What a rule takes from other files: `extends` (another rule) and `include` (files of forms).
+"""What a rule takes from other files: `extends` (another rule) and `include` (files of forms and patterns).
 
     peftc: 1
     name: mine
     extends: lora                      # a rule of the library, or a file beside this one: ../base.yaml
-    include: [forms/gated.yaml]        # its form can be named in rows
+    include: [forms/gated.yaml]        # its form can be named in rows; a pattern likewise
 
 `gathered` gives one tree that needs no other file. Every node keeps the span of the file it stands in. A rule comes
 from strangers: files are .yaml or .yml below or beside the rule, and bounded in depth, number and total size.
@@ -27,7 +27,7 @@ MAX_CHAIN = 8
 """Rules above a rule."""
 MAX_FILES = 32
 
-SECTIONS = {"peftc-form": ("form", "forms")}
+SECTIONS = {"peftc-form": ("form", "forms"), "peftc-pattern": ("pattern", "patterns")}
 """The header of each kind of file that can be included, with the kind's name and the section that it joins."""
 
 Entries = dict[str, tuple[ScalarNode, Node]]
@@ -91,7 +91,7 @@ class _Gatherer:
         return self.whole(tree, shown_as, (*chain, place))
 
     def _included(self, node: Node | None, file: str) -> dict[str, Entries]:
-        """The entries that files of forms add, by section; the key of each stands at the item that named the file."""
+        """The entries that files of forms and patterns add, by section; the key of each stands at the item that named the file."""
         sections: dict[str, Entries] = {}
         items = words(node)
         if node is not None and (not items or (not isinstance(node, ScalarNode) and len(items) != len(node.items))):

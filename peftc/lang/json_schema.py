@@ -12,11 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 from peftc.families import NAMES
-from peftc.lang.schema import FormFile, RuleFile
+from peftc.lang.library import pattern_names
+from peftc.lang.schema import FormFile, PatternFile, RuleFile
 from peftc.lang.sites import COMPOSITIONS, INSERTIONS, SITES, TAPS
 from peftc.store.heads import HEADS
 
-KINDS = {"rule": (RuleFile, "A rule of peftc"), "form": (FormFile, "A functional form of peftc")}
+KINDS = {
+    "rule": (RuleFile, "A rule of peftc"),
+    "form": (FormFile, "A functional form of peftc"),
+    "pattern": (PatternFile, "A pattern of peftc"),
+}
 
 
 def schema_text(kind: str) -> str:
@@ -48,25 +53,32 @@ def _tidied(node: Any, *, names: bool = False) -> Any:
 
 
 def _add_words(schema: dict[str, Any]) -> None:
-    """The words an editor can offer: closed lists where nothing else is right, else beside any text."""
+    """The words an editor can offer, beside any text: a rule's own patterns bring further sites and taps."""
     row = schema["$defs"].get("DeltaFile", {}).get("properties", {})
     case = schema["$defs"].get("CaseFile", {}).get("properties", {})
     if case:
         case["family"] = _closed(case["family"], [*NAMES])
         case["head"] = _closed(case["head"], [*HEADS])
-    parameter = schema["$defs"]["ParamFile"]["properties"]
-    for key, words, change in (
-        ("at", SITES, _closed),
-        ("modify", sorted(TAPS), _closed),
-        ("insert", [*INSERTIONS, *sorted(TAPS)], _closed),
-        ("compose", ["h + dh", *COMPOSITIONS], _offered),
+    parameter = schema["$defs"].get("ParamFile", {}).get("properties", {})
+    for node, key, words in (
+        (row, "at", [*SITES, *pattern_names()]),
+        (row, "modify", sorted(TAPS)),
+        (row, "insert", [*INSERTIONS, *sorted(TAPS)]),
+        (row, "compose", ["h + dh", *COMPOSITIONS]),
+        (parameter, "init", ["zeros", "ones", "kaiming_uniform", "normal(0.02)"]),
     ):
-        if key in row:
-            row[key] = change(row[key], list(words))
-    parameter["init"] = _offered(parameter["init"], ["zeros", "ones", "kaiming_uniform", "normal(0.02)"])
+        if key in node:
+            node[key] = _offered(node[key], words)
 
 
-_PARTS = ("DeltaFile", "ParamFile", "HyperFile", "FormBody")
+def _offered(node: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """Strings in `node` may be any text, and editors offer `words`."""
+    kept = {key: node[key] for key in ("description", "default") if key in node}
+    branches = node.get("anyOf") or [{key: value for key, value in node.items() if key not in kept}]
+    return {**kept, "anyOf": [{"type": "string", "enum": words}, *branches]}
+
+
+_PARTS = ("DeltaFile", "ParamFile", "HyperFile", "FormBody", "PatternBody")
 """Models of which a rule that extends another may give a part."""
 
 
@@ -81,7 +93,7 @@ def _admit_parts(schema: dict[str, Any]) -> None:
     schema |= {"if": {"required": ["extends"]}, "else": required}
 
 
-_REMOVABLE = ("hyper", "deltas", "forms", "params", "let")
+_REMOVABLE = ("hyper", "deltas", "forms", "patterns", "params", "let")
 """Mappings of names that the extending rule may remove entries of by `null`."""
 
 
@@ -121,11 +133,6 @@ def _required_of_any(node: dict[str, Any], models: dict[str, Any]) -> dict[str, 
 def _closed(node: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """Every string in `node` must be one of `words`."""
     return _map_strings(node, lambda text: {"type": "string", "enum": words})
-
-
-def _offered(node: dict[str, Any], words: list[str]) -> dict[str, Any]:
-    """Strings in `node` may be any text, and editors offer `words`."""
-    return {**node, "anyOf": [{"type": "string", "enum": words}, *node["anyOf"]]}
 
 
 def _map_strings(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

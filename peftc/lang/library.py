@@ -17,6 +17,8 @@ from peftc.lang.extensions import LIBRARY, Catalogue, Folder, entry_points, exte
 from peftc.lang.forms import parse_form
 from peftc.lang.rule import Form
 from peftc.lang.source import read_text
+from peftc.patterns.reading import parse_pattern
+from peftc.patterns.terms import Pattern
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -55,6 +57,23 @@ def find(name: str, what: str, folder: str, code: str) -> Traversable:
     return known.items[name]
 
 
+def pattern_names() -> list[str]:
+    """The names of the patterns."""
+    return sorted(catalogue("patterns").items)
+
+
+def load_pattern(name: str) -> Pattern | None:
+    """The pattern of that name, or None. Raises `PeftcError` for one with a mistake, E046 for two of that name."""
+    known = catalogue("patterns")
+    known.refuse_clash(name, "pattern")
+    return _pattern(name, shown_file(known.items[name])) if name in known.items else None
+
+
+@lru_cache
+def _pattern(name: str, shown: str) -> Pattern:
+    return parse_pattern(read(catalogue("patterns").items[name], shown), shown)
+
+
 @lru_cache
 def _form(name: str, shown: str) -> Form:
     return parse_form(read(catalogue("forms").items[name], shown), shown)
@@ -73,7 +92,7 @@ def shown_file(item: Traversable) -> str:
 
 @lru_cache
 def catalogue(folder: str) -> Catalogue[Traversable]:
-    """The YAML files of `folder` ("" for rules, "forms") in the library and in every package that brings some."""
+    """The YAML files of `folder` ("" for rules, "forms", "patterns"), of the library and of other packages."""
     folders, problems = rule_folders()
     found: Catalogue[Traversable] = Catalogue(problems=[*problems])
     for package in (Folder(importlib.resources.files("peftc.rules"), LIBRARY), *folders):
@@ -87,5 +106,5 @@ def catalogue(folder: str) -> Catalogue[Traversable]:
 
 def forget() -> None:
     """Look for entry points and files anew on the next use: for a process that installs packages while it runs."""
-    for cached in (entry_points, rule_folders, extension_ops, load_writer, catalogue, _form):
+    for cached in (entry_points, rule_folders, extension_ops, load_writer, catalogue, _form, _pattern):
         cached.cache_clear()

@@ -62,6 +62,7 @@ def _lint_rule(tree: MappingNode, collector: Collector) -> None:
         if key.text not in used:
             help = "take it out, or name it in a row"
             collector.warn("W008", f"no row has the form `{key.text}`", span=key.span, help=help)
+    _lint_patterns(tree, rows, collector)
     if not all(reads.known for reads in found):
         return
     read = frozenset[str]().union(*(reads.names for reads in found))
@@ -69,6 +70,15 @@ def _lint_rule(tree: MappingNode, collector: Collector) -> None:
         if key.text not in read:
             help = "take it out, or use it in a row"
             collector.warn("W003", f"nothing reads the hyperparameter `{key.text}`", span=key.span, help=help)
+
+
+def _lint_patterns(tree: MappingNode, rows: list[MappingNode], collector: Collector) -> None:
+    """W009 for each pattern that no row names under `at` or `from`."""
+    named = frozenset[str]().union(*(_values(row.get(key)) for row in rows for key in ("at", "from")))
+    for key, _ in _entries(tree.get("patterns")):
+        if key.text not in named:
+            help = "take it out, or name it under `at:` of a row"
+            collector.warn("W009", f"no row is at the pattern `{key.text}`", span=key.span, help=help)
 
 
 def _lint_row(row: MappingNode, local: Mapping[str, MappingNode], collector: Collector) -> _Reads:

@@ -20,6 +20,7 @@ from peftc.lang import emit, forms, hypers, inherit
 from peftc.lang.cases import CaseReader, place_of_tests
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
+from peftc.lang.kinds import kinds_of
 from peftc.lang.library import SUFFIXES, catalogue, find, form_names, load_form, read, rule_files, shown_file
 from peftc.lang.local_forms import local_forms
 from peftc.lang.reading import Reader, word, words
@@ -94,7 +95,9 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     values = hypers.resolve(tree.get("hyper"), sets or {}, collector)
     Reader(collector).fresh(tree.get("hyper"), "a hyperparameter", {})
     names = frozenset(declared.entries) if isinstance(declared, MappingNode) else frozenset[str]()
-    rows = RowReader(file, values, names, collector, written, local_forms(tree.get("forms"), collector))
+    kinds = kinds_of(tree.get("patterns"), collector)
+    own = local_forms(tree.get("forms"), collector)
+    rows = RowReader(file, values, names, collector, kinds, written, own)
     deltas = _deltas(tree, rows)
     _check_sizes(deltas, values, collector)
     _check_shapes([delta for delta in deltas if delta.name in rows.sound], values, collector)
@@ -115,6 +118,7 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
         file,
         _in_place(text, tree, values) if alone else _resolved(tree, values),
         cases,
+        dict(kinds.used),
     )
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from peftc.diagnostics import Collector, PeftcError, did_you_mean
 from peftc.lang.complaints import shown
 from peftc.lang.grammar import check, tree_of
+from peftc.lang.kinds import Kinds
 from peftc.lang.reading import Reader, Scope
 from peftc.lang.rule import Expr, Reference
-from peftc.lang.sites import SITES
 from peftc.lang.tree import MappingNode, Node, ScalarNode
 
 STACKS = ("encoder", "decoder")
@@ -31,7 +31,9 @@ INDEXED = frozenset({"layer", "layers"})
 _HELP = "as in block[0].x, block[layer - 1].out, attention.out or model.embeddings"
 
 
-def read_sources(node: Node | None, declared: Collection[str], collector: Collector) -> dict[str, Reference]:
+def read_sources(
+    node: Node | None, declared: Collection[str], collector: Collector, kinds: Kinds
+) -> dict[str, Reference]:
     """The references under `from:` by name, `x` for a single one. Reports E004, E005, E008, E011 and E014."""
     if isinstance(node, ScalarNode):
         items = {"x": node}
@@ -39,7 +41,7 @@ def read_sources(node: Node | None, declared: Collection[str], collector: Collec
         items = {name: item for name, (_, item) in node.entries.items() if isinstance(item, ScalarNode)}
     else:
         return {}
-    found = {name: _ReferenceReader(item, declared, collector).read() for name, item in items.items()}
+    found = {name: _ReferenceReader(item, declared, collector, kinds).read() for name, item in items.items()}
     return {name: reference for name, reference in found.items() if reference is not None}
 
 
@@ -50,6 +52,7 @@ class _ReferenceReader:
     node: ScalarNode
     declared: Collection[str]
     collector: Collector
+    kinds: Kinds
 
     def read(self) -> Reference | None:
         text = self.node.text.strip()
@@ -81,13 +84,16 @@ class _ReferenceReader:
             self.collector.error("E005", message, span=whole.span_of(stack), help=did_you_mean(stack.id, STACKS))
             return False
         name = kind.attr if isinstance(kind, ast.Attribute) else kind.id
-        if name not in SITES:
+        taps = self.kinds.taps(name)
+        if taps is None and name in self.kinds.written:
+            return False  # a pattern whose own mistake is told
+        if taps is None:
             place = _tail(whole, kind) if isinstance(kind, ast.Attribute) else kind
             message = f"unknown site `{shown(name)}`"
-            self.collector.error("E005", message, span=whole.span_of(place), help=did_you_mean(name, SITES))
+            self.collector.error("E005", message, span=whole.span_of(place), help=did_you_mean(name, self.kinds.names))
             return False
-        if tap.attr not in SITES[name]:
-            message, help = f"`{name}` has no tap `{shown(tap.attr)}`", did_you_mean(tap.attr, SITES[name])
+        if tap.attr not in taps:
+            message, help = f"`{name}` has no tap `{shown(tap.attr)}`", did_you_mean(tap.attr, taps)
             self.collector.error("E004", message, span=whole.span_of(_tail(whole, tap)), help=help)
             return False
         return True

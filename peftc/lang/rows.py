@@ -15,11 +15,12 @@ from peftc.diagnostics import Collector, PeftcError, Span, did_you_mean
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
 from peftc.lang.forms import param_expressions, read_form
+from peftc.lang.kinds import Kinds
 from peftc.lang.library import catalogue, form_names, load_form
 from peftc.lang.reading import Reader, Scope, form_scope, value, word, words
 from peftc.lang.references import read_sources
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Reference, Scalar, Where
-from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES, TAPS
+from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS
 from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode
 from peftc.lang.uses import FormUse, check_composition
 
@@ -35,6 +36,7 @@ class RowReader:
     declared: frozenset[str]
     """Names under `hyper:`, those with a wrong value too."""
     collector: Collector
+    kinds: Kinds = field(default_factory=Kinds)
     written: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Each row's names under `params:`, those with a wrong value too."""
     forms: Mapping[str, Form | None] = field(default_factory=dict)
@@ -57,11 +59,11 @@ class RowReader:
         params = reader.params(node.get("params"), scope)
         lets, scope = reader.lets(node.get("let"), scope.with_tensors("dh", *(form.let if form else ())))
         compose = self._compose(node, reader, scope, lets, key)
-        where = self.where(node.get("where"))
+        where = self.where(node.get("where"), self.kinds.common_dims(node))
         insert = self._insert(node)
         if form is None or compose is None:
             return None
-        use = FormUse(node, form, arguments, self.hypers, self.declared, self.collector)
+        use = FormUse(node, form, arguments, self.hypers, self._names(node), self.collector, self.kinds.of(node))
         use.check({*_keys(node, "params"), *_keys(node, "from")}, _read_by_row(params, lets, compose))
         delta = Delta(
             key.text,
@@ -86,15 +88,19 @@ class RowReader:
     def _reader(self, given: Mapping[str, Scalar]) -> Reader:
         return Reader(self.collector, {**given, **{name: hyper.value for name, hyper in self.hypers.items()}})
 
+    def _names(self, node: MappingNode) -> frozenset[str]:
+        """Hyperparameters, and the dimensions of the row's own kinds of sites."""
+        return self.declared | self.kinds.common_dims(node)
+
     def _scope(self, node: MappingNode, form: Form | None, arguments: Mapping[str, object]) -> Scope:
-        static = {*self.declared, *arguments, *(form.args if form else ())}
+        static = {*self._names(node), *arguments, *(form.args if form else ())}
         params = {*(param.name for param in form.params)} if form else set[str]()
         tensors = params | {*_keys(node, "params"), *_keys(node, "from")}
-        return form_scope(static, tensors, _taps_of(node), loose=form is None)
+        return form_scope(static, tensors, self.kinds.common_taps(node), loose=form is None)
 
     def _source_names(self, node: MappingNode, reader: Reader, taken: Mapping[str, str]) -> dict[str, str]:
         """E023 for each name under `from:` that means something else; all names, described."""
-        taps = dict.fromkeys(_taps_of(node), "a tap of the site")
+        taps = dict.fromkeys(self.kinds.common_taps(node), "a tap of the site")
         reader.fresh(node.get("from"), "a name under `from`", {**taps, **taken})
         return {**taken, **dict.fromkeys(_keys(node, "from"), "a name under `from`")}
 
@@ -103,16 +109,17 @@ class RowReader:
         if isinstance(node.get("from"), ScalarNode) and "insert" in node.entries:
             message, help = "`from` says what x is, and so does `insert`", "take one of them out"
             self.collector.error("E024", message, span=node.key("insert").span, help=help)
-        return read_sources(node.get("from"), self.declared, self.collector)
+        return read_sources(node.get("from"), self.declared, self.collector, self.kinds)
 
     def _sites(self, node: MappingNode) -> tuple[str, ...]:
         found = words(node.get("at"))
         for item in found:
-            if item.text not in SITES:
+            if not self.kinds.is_known(item.text):
                 message = f"unknown site `{shown(item.text)}`"
-                self.collector.error("E005", message, span=item.span, help=did_you_mean(item.text, SITES))
+                help = did_you_mean(item.text, self.kinds.names)
+                self.collector.error("E005", message, span=item.span, help=help)
         self._distinct(node.get("at"), found, "a site")
-        return tuple(item.text for item in found if item.text in SITES)
+        return tuple(self.kinds.of(node))
 
     def _taps(self, node: MappingNode) -> tuple[str, ...]:
         found = words(node.get("modify"))
@@ -129,7 +136,7 @@ class RowReader:
 
     def _tap(self, node: MappingNode, item: ScalarNode, also: tuple[str, ...]) -> None:
         for site in words(node.get("at")):
-            taps = SITES.get(site.text)
+            taps = self.kinds.taps(site.text)
             if taps is not None and item.text not in taps:
                 article = "an" if site.text[0] in "aeiou" or site.text == "ffn" else "a"
                 message = f"unknown tap `{shown(item.text)}` of {article} {site.text} site"
@@ -152,7 +159,7 @@ class RowReader:
         """The row's `with:`; a word stays a word unless it names a hyperparameter or a dimension."""
         found: dict[str, Scalar | Expr] = {}
         given, reader = node.get("with"), Reader(self.collector)
-        scope = Scope(frozenset({*self.declared, *DIMS}))
+        scope = Scope(frozenset({*self._names(node), *DIMS}))
         for name, (_, item) in given.entries.items() if isinstance(given, MappingNode) else ():
             text = word(item)
             if text is None or (_BARE.fullmatch(text) and text not in scope.static):
@@ -174,7 +181,7 @@ class RowReader:
         tensors = [*_keys(node, "params"), *_keys(node, "from")]
         if name is None or not _BARE.fullmatch(name) or name in tensors:
             reader = self._reader(_values(arguments))
-            scope = form_scope({*self.declared, *arguments}, tensors, _taps_of(node))
+            scope = form_scope({*self._names(node), *arguments}, tensors, self.kinds.common_taps(node))
             dh = reader.expr(given)
             reader.names(dh, scope)
             return Form("", dh=dh, file=self.file) if dh else None
@@ -188,7 +195,7 @@ class RowReader:
             return None
         if name not in form_names():
             known = [*self.forms, *form_names()]
-            tensor = name in {"x", "h", *_taps_of(node), *_keys(node, "let")}
+            tensor = name in {"x", "h", *self.kinds.common_taps(node), *_keys(node, "let")}
             help = f"as an expression: identity({name})" if tensor else did_you_mean(name, known)
             self.collector.error("E006", f"unknown form `{shown(name)}`", span=given.span, help=help)
             self.collector.extend_once(catalogue("forms").problems)
@@ -203,7 +210,7 @@ class RowReader:
         args = {name: value(item) for name, item in _items(given, "args")}
         reader = self._reader({**args, **_values(arguments)})
         params = [*_keys(node, "params"), *_keys(given, "params"), *_keys(node, "from")]
-        scope = form_scope({*self.declared, *arguments, *args}, params, _taps_of(node))
+        scope = form_scope({*self._names(node), *arguments, *args}, params, self.kinds.common_taps(node))
         taken = dict.fromkeys(self.declared - args.keys(), "a hyperparameter")
         return read_form(given, reader, scope, name="", file=self.file, key="expr", taken=taken)
 
@@ -225,13 +232,13 @@ class RowReader:
             self.collector.error("E024", "`compose` does not use `dh`", span=expr.span, help="write `h + dh`, say")
         return expr
 
-    def where(self, node: Node | None) -> Where:
-        """What `where`, or `not` of a test, says."""
+    def where(self, node: Node | None, dims: frozenset[str] = frozenset()) -> Where:
+        """What `where`, or `not` of a test, says; `dims` are names of dimensions beside those of all sites."""
         if not isinstance(node, MappingNode):
             return Where()
         reader = Reader(self.collector)
         condition = reader.expr(node.get("if"), "static")
-        reader.names(condition, Scope(frozenset({*self.declared, *DIMS})))
+        reader.names(condition, Scope(frozenset({*self.declared, *dims, *DIMS})))
         strings = {key: tuple(item.text for item in words(node.get(key))) for key in ("stack", "kind", "role", "path")}
         spans = {name: item.span for name, (_, item) in node.entries.items()}
         return Where(self._layers(node.get("layers")), **strings, condition=condition, spans=spans)
@@ -252,12 +259,6 @@ class RowReader:
 def _read_by_row(params: tuple[Param, ...], lets: Mapping[str, Expr], compose: Expr) -> set[str]:
     exprs = [expr for param in params for expr in param_expressions(param)]
     return {name for expr in (*exprs, *lets.values(), compose) for name in name_nodes(expr)}
-
-
-def _taps_of(node: MappingNode) -> frozenset[str]:
-    """The taps that every site in the row's `at` has."""
-    sites = [frozenset(SITES[item.text]) for item in words(node.get("at")) if item.text in SITES]
-    return frozenset.intersection(*sites) if sites else TAPS
 
 
 def _values(arguments: Mapping[str, Scalar | Expr]) -> dict[str, Scalar]:

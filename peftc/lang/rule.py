@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from peftc.diagnostics import Span
+
+if TYPE_CHECKING:
+    from peftc.patterns.terms import Pattern
 
 Scalar = int | float | bool | str | None
 Share = Literal["site", "layer", "kind", "stack", "model"]
@@ -202,6 +205,8 @@ class Rule:
     text: str = ""
     """The YAML source with the `--set` values in place and without `tests`, enough to load the same rule again."""
     tests: tuple[Case, ...] = ()
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+    """The patterns that rows name under `at`: the rule's own and the library's."""
 
     @property
     def values(self) -> dict[str, Scalar]:

@@ -177,6 +177,38 @@ class FormBody(_Model):
     attend: AttendFile | None = Field(None, description=_ATTEND)
 
 
+class AnyFile(_Model):
+    """Alternatives among lines of a pattern."""
+
+    any: list[Word | list[Word | AnyFile]] = Field(
+        min_length=2, description="alternatives, each a line or a list of lines: the first one that matches"
+    )
+
+
+Lines = list[Word | AnyFile]
+
+
+class PatternBody(_Model):
+    """A pattern written in a rule, under its name."""
+
+    doc: str = Field("", description="what the pattern finds, in a sentence")
+    match: Word | Lines = Field(description="lines such as out = linear(x, W), from inputs to outputs")
+    outputs: Word | list[Word] = Field([], description="the values that leave the site; by default the last line's")
+    taps: dict[Name, Word] = Field({}, description="the site's taps, each with its name in the lines; by default all")
+    shapes: dict[Name, list[Annotated[int, Field(ge=1)] | Word]] = Field(
+        {}, description="sizes of parameters, which name dimensions: W_up: [d_ff, d_model]; `_` is any size"
+    )
+    where: Expression | None = Field(None, description="a condition over the dimensions that `shapes` names")
+    single: Words = Field([], description="values that nothing outside of the site may read")
+
+
+class PatternFile(PatternBody):
+    """A pattern file."""
+
+    version: Literal[1] = Field(alias="peftc-pattern", description="the format of pattern files; this peftc reads 1")
+    name: Word = Field(description="the pattern's name, the word for `at:`; that of its file")
+
+
 class RuleFile(_Model):
     """A rule file."""
 
@@ -188,8 +220,11 @@ class RuleFile(_Model):
     extends: Word | None = Field(
         None, description="the rule that this one changes: a name of the library, or a .yaml file beside this one"
     )
-    include: list[Word] = Field([], description="files of forms, relative to this one, to be named in rows")
+    include: list[Word] = Field(
+        [], description="files of forms and patterns, relative to this one, to be named in rows"
+    )
     forms: dict[Name, FormBody] = Field({}, description="the rule's own forms, by the name that rows give them")
+    patterns: dict[Name, PatternBody] = Field({}, description="kinds of sites of the rule's own, words for `at`")
     deltas: dict[Name, DeltaFile] = Field({}, description="the rows of the table, by name")
     train: Words = Field([], description="globs over the base's parameters that are trained as they are")
     tests: dict[Name, CaseFile] = Field({}, description="what must hold of the rule on built-in tiny models, by name")
@@ -246,6 +281,7 @@ def _belongs(key: str) -> str | None:
         (CaseFile, "in a test"),
         (RuleFile, "at the top of a rule"),
         (FormBody, "in a form"),
+        (PatternBody, "in a pattern"),
     ):
         if key in _fields(model):
             return f"`{key}` stands {place}"
@@ -264,13 +300,17 @@ def _told(model: type[BaseModel], path: Path) -> str | None:
 def _is_model(path: Path) -> bool:
     """Whether the mapping at `path` has the keys of a model, and not names of the user's."""
     names = ("params", "deltas", "hyper", "forms", "let", "args", "with", "from", "tests", "map")
+    names += ("patterns", "taps", "shapes")
     return not path or path[-1] not in names
 
 
 def _model_at(root: type[BaseModel], path: Path) -> type[BaseModel]:
     """The model of the mapping at `path`."""
     by_key = {"where": WhereFile, "not": WhereFile, "form": InlineForm, "attend": AttendFile, "same_as": SameAsFile}
-    by_parent = {"params": ParamFile, "deltas": DeltaFile, "hyper": HyperFile, "forms": FormBody, "tests": CaseFile}
+    by_parent = {
+        "params": ParamFile, "deltas": DeltaFile, "hyper": HyperFile, "forms": FormBody, "tests": CaseFile,
+        "patterns": PatternBody,
+    }  # fmt: skip
     parent, last = ("", "", *path)[-2:]
     if parent in by_parent:
         return by_parent[str(parent)]

@@ -13,9 +13,8 @@ from peftc.lang.expr import calls_in, name_nodes
 from peftc.lang.extensions import extension_ops
 from peftc.lang.forms import expressions, needs
 from peftc.lang.ops import OPS
-from peftc.lang.reading import words
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar
-from peftc.lang.sites import SITES, TAPS
+from peftc.lang.sites import TAPS
 from peftc.lang.tree import MappingNode
 
 
@@ -29,6 +28,8 @@ class FormUse:
     hypers: Mapping[str, Hyper]
     declared: frozenset[str]
     collector: Collector
+    sites: Mapping[str, tuple[str, ...]]
+    """The kinds of sites in the row's `at`, each with its taps."""
 
     def check(self, params: set[str], read_by_row: set[str]) -> None:
         """Report what does not fit; `params` are the row's own, `read_by_row` names in its other expressions."""
@@ -40,15 +41,14 @@ class FormUse:
     def _check_needs(self, params: set[str]) -> None:
         """E008 for each name the library form reads that nothing here gives, E004 for a tap a site has not."""
         span = self.node.entries["form"][1].span
-        sites = [item.text for item in words(self.node.get("at")) if item.text in SITES]
         for name in sorted(needs(self.form).keys() - self.declared - self.arguments.keys() - params):
             if name not in TAPS:
                 message = f"form `{self.form.name}` needs `{name}`"
                 help = f"give it under `hyper:`, or in the row as `with: {{{name}: ...}}`"
                 self.collector.error("E008", message, span=span, help=help)
-            for site in (site for site in sites if name in TAPS and name not in SITES[site]):
+            for site in (site for site, taps in self.sites.items() if name in TAPS and name not in taps):
                 message = f"form `{self.form.name}` reads the tap `{name}`, which {site} has not"
-                self.collector.error("E004", message, span=span, help=f"taps: {', '.join(SITES[site])}")
+                self.collector.error("E004", message, span=span, help=f"taps: {', '.join(self.sites[site])}")
 
     def _check_arguments(self, read_by_row: set[str]) -> None:
         """E003 for each name under `with:` that neither the form nor the row reads."""

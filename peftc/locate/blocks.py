@@ -46,6 +46,22 @@ def assign_blocks(program: Program, sites: list[Site]) -> list[Site]:
     return found
 
 
+def place_in_blocks(program: Program, found: list[Site]) -> None:
+    """Fill in `block`, `layer`, `stack` of further sites of a located program."""
+    if not found:
+        return
+    blocks = {site.path: site for site in program.sites if site.kind == "block"}
+    for site in found:
+        site.block = next((path for path in blocks if _inside(site.path, path)), "")
+    own = [site for site in program.sites if site.kind not in ("block", "model")]
+    _assign_stacks([*own, *found], list(blocks))
+    counts = {block.stack: block.dims["layers"] for block in blocks.values()}
+    for site in found:
+        if site.block:
+            site.layer, site.stack = blocks[site.block].layer, blocks[site.block].stack
+        site.dims.update(layer=site.layer, layers=counts.get(site.stack, 0))
+
+
 def _inside(path: str, block: str) -> bool:
     return path == block or path.startswith(block + ".")
 
@@ -68,7 +84,7 @@ def _assign_stacks(sites: list[Site], blocks: list[str]) -> None:
         memory = set(backward([site.taps["ctx"].node for site in crosses], lambda node: node.op == "placeholder"))
     causal = {site.block for site in sites if site.causal}
     for site in sites:
-        node = site.taps["out"].node if "out" in site.taps else site.taps["weight"].node
+        node = (site.taps.get("out") or site.taps.get("weight") or next(iter(site.taps.values()))).node
         if crosses:
             site.stack = "encoder" if node in memory else "decoder"
         else:

@@ -18,6 +18,7 @@ from peftc.lang.tree import plain
 ROOT = Path(__file__).parents[2]
 RULES = sorted((ROOT / "rules").glob("*.yaml"))
 FORMS = sorted((ROOT / "rules" / "forms").glob("*.yaml"))
+PATTERNS = sorted((ROOT / "rules" / "patterns").glob("*.yaml"))
 
 
 def schema(kind: str) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def schema(kind: str) -> dict[str, Any]:
 def mismatches(value: object, node: dict[str, Any], root: dict[str, Any], at: str = "") -> list[str]:
     """Where `value` does not fit the schema `node`: the part of JSON Schema that the schemas use, and no more."""
     known = {"$ref", "anyOf", "enum", "const", "type", "properties", "patternProperties", "propertyNames", "required"}
-    known |= {"items", "pattern", "minLength", "minimum", "additionalProperties", "description", "default"}
+    known |= {"items", "minItems", "pattern", "minLength", "minimum", "additionalProperties", "description", "default"}
     known |= {"if", "else"}
     assert node.keys() - {"$schema", "$defs", "title"} <= known, node.keys() - known
     if "$ref" in node:
@@ -56,6 +57,8 @@ def mismatches(value: object, node: dict[str, Any], root: dict[str, Any], at: st
         return [] if fits else [f"{at}: {value!r}"]
     if isinstance(value, (int, float)) and value < node.get("minimum", value):
         return [f"{at}: {value}"]
+    if isinstance(value, list) and len(value) < node.get("minItems", 0):
+        return [f"{at}: {len(value)} items"]
     if isinstance(value, list):
         return [m for i, v in enumerate(value) for m in mismatches(v, node["items"], root, f"{at}[{i}]")]
     return _mapping_mismatches(value, node, root, at) if isinstance(value, dict) else []
@@ -77,17 +80,17 @@ def document(text: str) -> object:
     return plain(compose(text, "t.yaml", Collector()))
 
 
-@pytest.mark.parametrize("kind", ["rule", "form"])
+@pytest.mark.parametrize("kind", ["rule", "form", "pattern"])
 def test_shipped_schema_is_the_one_of_the_types(kind: str) -> None:
     file = importlib.resources.files("peftc.rules").joinpath("schema", f"{kind}.schema.json")
     remedy = f"run: peftc schema {kind} > rules/schema/{kind}.schema.json"
     assert file.read_text(encoding="utf-8") == schema_text(kind), remedy
 
 
-@pytest.mark.parametrize("path", [*RULES, *FORMS], ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", [*RULES, *FORMS, *PATTERNS], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_library_file_fits_its_schema_and_names_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    kind = "form" if path in FORMS else "rule"
+    kind = "form" if path in FORMS else "pattern" if path in PATTERNS else "rule"
     assert mismatches(document(text), schema(kind), schema(kind)) == []
     named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
     assert named, f"{path.name} lacks the first line: # yaml-language-server: $schema=..."
@@ -102,10 +105,8 @@ ROW = "peftc: 1\nname: t\nhyper: {r: 2}\ndeltas:\n  a: {at: ffn, modify: out, fo
     [
         ("peftc: 1", "peftc: 2"),
         ("name: t", "nam: t"),
-        ("at: ffn", "at: mlp"),
-        ("at: ffn", "at: [ffn, mlp]"),
+        ("at: ffn", "at: {kind: ffn}"),
         ("modify: out", "modfy: out"),
-        ("modify: out", "modify: ou"),
         ("form: bottleneck", "form: [x]"),
         ("form: bottleneck", "form: {exp: x}"),
         ("form: bottleneck", "form: bottleneck, where: {layers: first x}"),
@@ -113,6 +114,10 @@ ROW = "peftc: 1\nname: t\nhyper: {r: 2}\ndeltas:\n  a: {at: ffn, modify: out, fo
         ("form: bottleneck", "form: bottleneck, expect: -1"),
         ("form: bottleneck", "form: x, params: {W: {shape: [r]}}"),
         ("{r: 2}", "{3r: 2}"),
+        ("deltas:", "patterns: {p: {match: [a = tanh(x)], tap: {}}}\ndeltas:"),
+        ("deltas:", "patterns: {p: {lines: [a = tanh(x)]}}\ndeltas:"),
+        ("deltas:", "patterns: {p: {match: [a = tanh(x)], shapes: {W: [0]}}}\ndeltas:"),
+        ("deltas:", "patterns: {p: {match: [{any: [a = tanh(x)]}]}}\ndeltas:"),
     ],
 )
 def test_what_the_schema_refuses_the_compiler_refuses(good: str, bad: str) -> None:
@@ -136,7 +141,7 @@ def test_rule_that_extends_another_may_give_parts_and_null() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["rule", "form"])
+@pytest.mark.parametrize("kind", ["rule", "form", "pattern"])
 def test_every_key_has_hover_text(kind: str) -> None:
     whole = schema(kind)
     for model in (whole, *whole["$defs"].values()):
