@@ -91,7 +91,7 @@ class _Gatherer:
         return self.whole(tree, shown_as, (*chain, place))
 
     def _included(self, node: Node | None, file: str) -> dict[str, Entries]:
-        """The entries that files of forms and patterns add, by section; the key of each stands at the item that named the file."""
+        """The entries that included files add, by section; the key of each stands at the item that named the file."""
         sections: dict[str, Entries] = {}
         items = words(node)
         if node is not None and (not items or (not isinstance(node, ScalarNode) and len(items) != len(node.items))):

@@ -220,9 +220,7 @@ class RuleFile(_Model):
     extends: Word | None = Field(
         None, description="the rule that this one changes: a name of the library, or a .yaml file beside this one"
     )
-    include: list[Word] = Field(
-        [], description="files of forms and patterns, relative to this one, to be named in rows"
-    )
+    include: list[Word] = Field([], description="files of forms and patterns, relative to this one, for rows to name")
     forms: dict[Name, FormBody] = Field({}, description="the rule's own forms, by the name that rows give them")
     patterns: dict[Name, PatternBody] = Field({}, description="kinds of sites of the rule's own, words for `at`")
     deltas: dict[Name, DeltaFile] = Field({}, description="the rows of the table, by name")
