@@ -9,7 +9,8 @@ the two attentions and the gate λ.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -17,13 +18,15 @@ from torch import fx
 
 from peftc.diagnostics import fail
 from peftc.ir.attention import Region
+from peftc.ir.axis_names import axis_names, shown
 from peftc.ir.builder import Builder, latest
 from peftc.ir.prepend import prepend
 from peftc.ir.program import Insertion, Program
 from peftc.ir.sites import Site, Tap
 from peftc.lang.expr import names_in
 from peftc.lang.lower import Lowering
-from peftc.lang.rule import Delta
+from peftc.lang.rule import Delta, Expr, Hyper
+from peftc.lang.shapes.named import Named, named
 from peftc.plan import Edit, Plan, input_tap
 from peftc.refer import Source
 
@@ -39,15 +42,16 @@ class Insert:
 
     def apply(self, program: Program) -> None:
         for edit in self.plan.edits:
-            program.ledger.append(_Inserter(program, edit).insert())
+            program.ledger.append(_Inserter(program, edit, self.plan.rule.hyper).insert())
         program.graph.lint()
 
 
 class _Inserter:
     """Inserts one edit."""
 
-    def __init__(self, program: Program, edit: Edit) -> None:
+    def __init__(self, program: Program, edit: Edit, hypers: Mapping[str, Hyper]) -> None:
         self.program = program
+        self.hypers = hypers
         self.edit = edit
         self.delta = edit.delta
         self.tap: Tap = edit.site.taps[edit.tap]
@@ -106,7 +110,18 @@ class _Inserter:
 
     def _lowering(self, builder: Builder, tensors: dict[str, fx.Node | None]) -> Lowering:
         env: dict[str, Any] = {**self.edit.statics, **self.parameters, **tensors}
-        return Lowering(builder, env, self.edit.site.describe())
+        return Lowering(builder, env, self.edit.site.describe(), self._named)
+
+    def _named(self) -> Named | None:
+        """The names of sizes at the edit's tap, for what is told of shapes."""
+        edit = self.edit
+        return named(edit.delta, self.hypers, edit.site.kind, edit.tap, edit.statics)
+
+    def _shown(self, node: fx.Node, expr: Expr | None = None) -> str:
+        """The shape of a node with its names: that of h, or of the value of `expr`."""
+        names = self._named()
+        sizes = shown(node.meta["val"].shape, axis_names(self.program))
+        return f"[{', '.join(sizes)}]" if names is None else names.shape(sizes, expr, expr.tree if expr else None)
 
     def _dtype(self) -> torch.dtype | None:
         dtypes = [node.meta["val"].dtype for node in self.parameters.values() if node is not None]
@@ -174,21 +189,17 @@ class _Inserter:
         value = before.meta["val"]
         lowering.env.update(h=before, dh=builder.cast(dh, value.dtype))
         self._lets(lowering, self.delta.let)
-        if self.compose == "add":
-            after = builder.call(aten.add.Tensor, before, lowering.env["dh"])
-        elif self.compose == "gate":
-            after = lowering.env["gated"]
-        else:
-            after = lowering.tensor(self.delta.compose)
+        compose = replace(_SUM, span=self.delta.span_at("compose")) if self.compose == "add" else self.delta.compose
+        after = lowering.env["gated"] if self.compose == "gate" else lowering.tensor(compose)
         after = builder.cast(after, value.dtype)
         shape, wanted = tuple(after.meta["val"].shape), tuple(value.shape)
         if shape != wanted:
             fail(
                 "E013",
-                f"delta `{self.delta.name}` at {self.edit.site.describe()}: composing gives {_sizes(shape)}, "
-                f"but `{self.edit.tap}` is {_sizes(wanted)}",
+                f"delta `{self.delta.name}` at {self.edit.site.describe()}: the new value is "
+                f"{self._shown(after, compose)}, but `{self.edit.tap}` is {self._shown(before)}",
                 span=self.delta.span_at("compose"),
-                help=f"dh is {_sizes(tuple(dh.meta['val'].shape))}; it must broadcast to h",
+                help=f"dh is {self._shown(dh, self.delta.form.dh)}; it must broadcast to h",
             )
         original = self.tap.current(self.program)
         written = self.tap.write(self.program, builder, after)
@@ -217,13 +228,14 @@ class _Inserter:
         self._lets(lowering, self.delta.form.let)
         keys, values = lowering.tensor(attend.keys), lowering.tensor(attend.values)
         site = self.edit.site
-        for name, node in (("keys", keys), ("values", values)):
+        for name, part, node in (("keys", attend.keys, keys), ("values", attend.values, values)):
             shape = tuple(node.meta["val"].shape)
             if len(shape) not in (3, 4) or shape[-2] not in (site.dims["kv_heads"], site.dims["heads"]):
                 fail(
                     "E013",
-                    f"`attend.{name}` of form `{self.delta.form.name}` is {_sizes(shape)} at {site.describe()}",
-                    span=getattr(attend, name).span,
+                    f"`attend.{name}` of form `{self.delta.form.name}` is {self._shown(node, part)} at "
+                    f"{site.describe()}",
+                    span=part.span,
                     help=f"it must be [l, kv_heads={site.dims['kv_heads']}, head_dim={site.dims['head_dim']}]",
                 )
         return lowering, keys, values
@@ -274,13 +286,13 @@ class _Inserter:
         return self._entry(builder, "prepend", before, after, None, rows, before, after)
 
 
+_SUM = Expr("h + dh", ast.parse("h + dh", mode="eval").body, exact=False)
+"""What `compose: add` says."""
+
+
 def refuse_source(delta: Delta, source: Source, tap: str, site: Site) -> NoReturn:
     """E024: a value of `from:` comes too late for a tap."""
     reference = source.reference
     message = f"`{reference.text}` is computed only after `{tap}` of {site.describe()} is used"
     help = "a row can read what the model computes before the tap: an earlier layer, or an earlier part of this one"
     fail("E024", f"delta `{delta.name}`: {message}", span=reference.span, help=help)
-
-
-def _sizes(shape: tuple[Any, ...]) -> str:
-    return f"[{', '.join(str(size) for size in shape)}]"

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.diagnostics import PeftcError, did_you_mean, fail
+from peftc.diagnostics import did_you_mean, fail
+from peftc.ir.axis_names import axis_names, shown
 from peftc.ir.builder import Builder
 from peftc.lang.grammar import MAX_EXPONENT
 from peftc.lang.op_writers import write_op
 from peftc.lang.rule import Expr
+from peftc.lang.shapes.named import Named
 
 aten = torch.ops.aten
 
@@ -53,10 +55,13 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 class Lowering:
     """Lowers the expressions of one delta at one site; `place` names the site in error messages."""
 
-    def __init__(self, builder: Builder, env: Mapping[str, Value], place: str) -> None:
+    def __init__(
+        self, builder: Builder, env: Mapping[str, Value], place: str, names: Callable[[], Named | None] = lambda: None
+    ) -> None:
         self.builder = builder
         self.env = dict(env)
         self.place = place
+        self._named = names
         self._expr: Expr | None = None
 
     def lower(self, expr: Expr) -> Value:
@@ -173,39 +178,55 @@ class Lowering:
             name = self.env[name]
         args = [self._visit(arg) for arg in node.args]
         kwargs = {kw.arg: self._visit(kw.value) for kw in node.keywords if kw.arg}
-        return self._guard(node, args, lambda: write_op(name, self.builder, *args, **kwargs))
+        return self._guard(
+            node, list(zip(node.args, args, strict=True)), lambda: write_op(name, self.builder, *args, **kwargs)
+        )
 
     def _call(self, node: ast.expr, target: Any, *args: Value) -> fx.Node:
-        return self._guard(node, list(args), lambda: self.builder.call(target, *args))
+        parts = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+        operands = [(part, value) for part, value in zip(parts, args, strict=False) if isinstance(value, fx.Node)]
+        return self._guard(node, operands, lambda: self.builder.call(target, *args))
 
-    def _guard(self, node: ast.expr, args: list[Value], write: Callable[[], fx.Node]) -> fx.Node:
+    def _guard(self, node: ast.expr, operands: list[tuple[ast.expr, Value]], write: Callable[[], fx.Node]) -> fx.Node:
         try:
             return write()
-        except PeftcError as error:
-            raise error.at(self._span(node)) from error
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
-            shapes = ", ".join(_describe(arg) for arg in args if isinstance(arg, (fx.Node, type(None))))
             reason = str(error).strip().splitlines() or [type(error).__name__]
+            told = [(part, value) for part, value in operands if isinstance(value, (fx.Node, type(None)))]
             fail(
                 "E013",
-                f"`{ast.unparse(node)}` does not fit at {self.place}: operands {shapes}",
+                f"`{ast.unparse(node)}` does not fit at {self.place}: {self._told(told)}",
                 span=self._span(node),
-                help=_transpose_hint(args) or reason[0][:200],
+                help=_hint(node, told) or self._readable(reason[0])[:200],
             )
 
+    def _readable(self, reason: str) -> str:
+        """What torch says, with the axes by name."""
+        return shown([reason], axis_names(self.builder.program))[0]
 
-def _describe(value: Value) -> str:
-    if value is None:
-        return "None (a parameter whose `if` is false)"
-    return f"[{', '.join(str(size) for size in value.meta['val'].shape)}]"
+    def _told(self, operands: list[tuple[ast.expr, Value]]) -> str:
+        """What each operand is, with names: `x is [B, S, d_in=384] but W is [d_in=384, r=8]`."""
+        named = self._named()
+        parts = (f"{ast.unparse(part)} is {self._described(part, value, named)}" for part, value in operands)
+        return " but ".join(dict.fromkeys(parts))
+
+    def _described(self, part: ast.expr, value: Value, named: Named | None) -> str:
+        if value is None:
+            return "None (a parameter whose `if` is false)"
+        sizes = shown(value.meta["val"].shape, axis_names(self.builder.program))
+        return f"[{', '.join(sizes)}]" if named is None else named.shape(sizes, self._expr, part)
 
 
-def _transpose_hint(args: list[Value]) -> str | None:
-    """When swapping the last operand's axes would make a product fit, say so."""
-    nodes = [arg for arg in args if isinstance(arg, fx.Node)]
-    if len(nodes) < 2:
+def _hint(node: ast.expr, operands: list[tuple[ast.expr, Value]]) -> str | None:
+    """When swapping the axes of a product's second operand would make it fit, say so; else how operands broadcast."""
+    if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.MatMult):
+        return "counted from the last, axes must be equal, or 1"
+    op = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+    op = "@" if (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)) or op == "matmul" else op
+    if op not in ("linear", "@") or len(operands) < 2 or any(value is None for _, value in operands[:2]):
         return None
-    left, right = nodes[0].meta["val"].shape, nodes[1].meta["val"].shape
-    if len(right) == 2 and len(left) and left[-1] in (right[0], right[1]):
-        return "the axes look swapped: transpose the second operand with `.T`? (linear takes W as [out, in])"
-    return None
+    left, right = (value.meta["val"].shape for _, value in operands[:2])
+    if len(right) != 2 or not len(left) or left[-1] != right[0 if op == "linear" else 1]:
+        return None
+    wanted = "out, in" if op == "linear" else "in, out"
+    return f"transpose it? `{op}` takes [{wanted}], so `{ast.unparse(operands[1][0])}.T` fits"

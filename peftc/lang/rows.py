@@ -219,7 +219,9 @@ class RowReader:
     ) -> Expr | None:
         given = node.get("compose")
         if given is None:
-            return Expr("h + dh", ast.parse("h + dh", mode="eval").body, key.span, exact=False)
+            form = node.get("form")
+            span = form.span if isinstance(form, ScalarNode) else key.span
+            return Expr("h + dh", ast.parse("h + dh", mode="eval").body, span, exact=False)
         expr = reader.expr(given)
         if expr is None or expr.text in COMPOSITIONS:
             return expr

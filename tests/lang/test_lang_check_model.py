@@ -58,3 +58,36 @@ def test_parameter_without_gradient_is_told_at_its_row(bert: Path, tmp_path: Pat
 def test_wrong_model_is_told_once_for_all_rules(tmp_path: Path) -> None:
     with pytest.raises(PeftcError, match="E030"):
         check(["mam", "lora"], model=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("row", "message", "help"),
+    [
+        (
+            '{at: ffn, modify: out, form: "linear(x, W)", params: {W: {shape: [d_out, 48], init: zeros}}}',
+            "`linear(x, W)` does not fit at ffn bert.encoder.layer.0: x is [B, S, d_in=32] but W is [d_out=32, 48]",
+            "transpose it? `linear` takes [out, in], so `W.T` fits",
+        ),
+        (
+            '{at: linear, modify: weight, form: "h.T", where: {role: up}}',
+            "`h + dh` does not fit at linear bert.encoder.layer.0.intermediate.dense: "
+            "h is [d_out=64, d_in=32] but dh is [d_in=32, d_out=64]",
+            "counted from the last, axes must be equal, or 1",
+        ),
+        (
+            '{at: attention, modify: out, form: "reshape(x, [-1, 7])"}',
+            "`reshape(x, [-1, 7])` does not fit at self attention bert.encoder.layer.0.attention: x is [B, S, d_in=32]",
+            "shape '[-1, 7]' is invalid for input of size",
+        ),
+        (
+            '{at: ffn, modify: out, form: "linear(x, W)", compose: dh, params: {W: {shape: [2 * 8, d_in], init: 0}}}',
+            "delta `a` at ffn bert.encoder.layer.0: the new value is [B, S, 16], but `out` is [B, S, d_out=32]",
+            "dh is [B, S, 16]; it must broadcast to h",
+        ),
+    ],
+)
+def test_sizes_are_told_with_names_and_numbers(row: str, message: str, help: str, bert: Path, tmp_path: Path) -> None:
+    (found,) = [d for d in told(f"  a: {row}\n", bert, tmp_path) if d.severity == "error"]
+    assert (found.code, found.message) == ("E013", message)
+    assert found.help is not None
+    assert found.help.startswith(help)

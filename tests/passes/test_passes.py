@@ -75,21 +75,21 @@ def test_a_parameter_without_gradient_is_refused(bert, rule):
 
 
 def test_a_wrong_shape_is_told_with_both_shapes_and_the_module(bert, rule):
-    row = "{at: ffn, modify: out, insert: parallel, form: {expr: x @ W, params: {W: {shape: [r, d_in], init: zeros}}}}"
+    row = "{at: ffn, modify: out, insert: parallel, form: {expr: x @ W, params: {W: {shape: [4, d_in], init: zeros}}}}"
     with pytest.raises(PeftcError) as caught:
         rewrite(bert, rule(row))
     message = str(caught.value)
     assert "E013" in message
     assert "test.yaml:5:" in message
-    assert "32]" in message and "[4, 32]" in message
+    assert "x is [B, S, d_in=32] but W is [4, d_in=32]" in message
     assert "encoder.layer.0" in message
     assert "transpose" in message
 
 
 def test_a_result_that_does_not_broadcast_to_h_is_refused(bert, rule):
-    form = "{expr: 'linear(x, W)', params: {W: {shape: [r, d_in], init: zeros}}}"
+    form = "{expr: 'linear(x, W)', params: {W: {shape: [4, d_in], init: zeros}}}"
     row = f"{{at: ffn, modify: out, insert: parallel, form: {form}, compose: dh}}"
-    with pytest.raises(PeftcError, match="composing gives"):
+    with pytest.raises(PeftcError, match=r"the new value is \[B, S, 4\], but `out` is \[B, S, d_out=32\]"):
         rewrite(bert, rule(row))
 
 

@@ -61,6 +61,15 @@ def row_walk(delta: Delta, hypers: Mapping[str, Hyper], place: Place) -> Walk:
     return walk
 
 
+def walk_body(walk: Walk, delta: Delta) -> list[Diagnostic]:
+    """Walks form and `let` of a row, and enters dh; what is wrong inside the form, which `walk.found` then lacks."""
+    walk.env["dh"] = _body(walk, delta.form)
+    inside, walk.found = walk.found, []
+    for name, expr in delta.let.items():
+        walk.env[name] = walk.value(expr)
+    return inside
+
+
 def _hypers(env: dict[str, Value], given: Mapping[str, Scalar]) -> dict[str, Polynomial]:
     """Enters numbers and words that have a name; the whole numbers among them."""
     for name, value in given.items():
@@ -116,13 +125,8 @@ def _apart(sizes: Sizes, heads: Polynomial | None) -> bool:
 def _at(delta: Delta, hypers: Mapping[str, Hyper], place: Place) -> list[Diagnostic]:
     """What is wrong at one place."""
     walk = row_walk(delta, hypers, place)
-    dh = _body(walk, delta.form)
-    inside = _for_row(delta, walk.found)
-    walk.found = []
-    walk.env["dh"] = dh
-    for name, expr in delta.let.items():
-        walk.env[name] = walk.value(expr)
-    _check_composition(walk, delta, place, dh)
+    inside = _for_row(delta, walk_body(walk, delta))
+    _check_composition(walk, delta, place, walk.env["dh"])
     return inside + walk.found
 
 
