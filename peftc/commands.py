@@ -178,7 +178,7 @@ def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdo
 
 
 def _described(op: Op) -> dict[str, object]:
-    return {key: value for key, value in asdict(op).items() if key != "writer"}
+    return {key: value for key, value in asdict(op).items() if key not in ("writer", "shapes")}
 
 
 def schema(

@@ -222,4 +222,21 @@ def _fault(op: Op) -> str | None:
         return f"the op `{op.name}` whose keywords are {op.keywords!r}, not names"
     if not isinstance(op.writer, str) or not _OBJECT.fullmatch(op.writer):
         return f"the op `{op.name}` whose writer is {op.writer!r}, not `module:function`"
+    if not _is_signature(op.shapes, op.arity[1]):
+        return f"the op `{op.name}` whose shapes are {op.shapes!r}, not as in `[.., n], [n] -> [.., n]`"
     return None
+
+
+def _is_signature(text: object, most: int) -> bool:
+    """Whether `text` says shapes of at most `most` operands, each size of the result being one of theirs."""
+    from peftc.lang.shapes.signature import signature
+
+    if not isinstance(text, str) or not text:
+        return text == ""
+    try:
+        found = signature(text)
+    except ValueError:
+        return False
+    known = {factor for operand in found.operands for size in operand.sizes for factor in size}
+    used = {factor for size in found.result.sizes for factor in size if not factor.isdigit()}
+    return len(found.operands) <= most and used <= known

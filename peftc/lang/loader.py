@@ -20,6 +20,7 @@ from peftc.lang import emit, forms, hypers, inherit
 from peftc.lang.cases import CaseReader, place_of_tests
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
+from peftc.lang.foreign import written_in
 from peftc.lang.kinds import kinds_of
 from peftc.lang.library import SUFFIXES, catalogue, find, form_names, load_form, read, rule_files, shown_file
 from peftc.lang.local_forms import local_forms
@@ -68,7 +69,8 @@ def list_rules() -> list[Rule]:
 def survey() -> tuple[dict[str, Rule], list[Diagnostic]]:
     """Every rule that loads, by name; and what is wrong with the others, and with the packages that bring some."""
     known = catalogue("")
-    problems = [*known.problems, *known.clashes("rule"), *catalogue("forms").clashes("form")]
+    problems = [*known.problems, *known.clashes("rule")]
+    problems += [*catalogue("forms").clashes("form"), *catalogue("patterns").clashes("pattern")]
     rules: dict[str, Rule] = {}
     for name in sorted(known.items):
         try:
@@ -108,6 +110,7 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
         collector.error("E010", "the rule has neither `deltas` nor `train`", span=span, help=help)
     cases = CaseReader(tree.get("hyper"), values, tuple(written), rows, collector, tests).cases(tree.get("tests"))
     collector.raise_if_errors()
+    self_contained = written_in(tree, [delta.form.name for delta in deltas], kinds.used)
     return Rule(
         word(tree.get("name")) or "",
         deltas,
@@ -116,7 +119,7 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
         word(tree.get("doc")) or "",
         word(tree.get("paper")) or "",
         file,
-        _in_place(text, tree, values) if alone else _resolved(tree, values),
+        _in_place(text, tree, values) if alone and self_contained is tree else _resolved(self_contained, values),
         cases,
         dict(kinds.used),
     )

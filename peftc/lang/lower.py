@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.diagnostics import did_you_mean, fail
+from peftc.diagnostics import PeftcError, did_you_mean, fail
 from peftc.ir.axis_names import axis_names, shown
 from peftc.ir.builder import Builder
 from peftc.lang.grammar import MAX_EXPONENT
@@ -190,6 +190,8 @@ class Lowering:
     def _guard(self, node: ast.expr, operands: list[tuple[ast.expr, Value]], write: Callable[[], fx.Node]) -> fx.Node:
         try:
             return write()
+        except PeftcError as error:
+            raise error.at(self._span(node)) from error
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             told = [(part, value) for part, value in operands if isinstance(value, (fx.Node, type(None)))]

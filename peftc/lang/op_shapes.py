@@ -7,6 +7,8 @@ their arguments, are in `peftc.lang.shapes.rules`, and the row is their doc.
 
 from __future__ import annotations
 
+from peftc.lang.ops import OPS
+
 _ALIKE = (
     "roll flip fft_real fft_imag relu gelu gelu_tanh silu tanh sigmoid softplus identity softmax exp log sin cos sqrt "
     "rsqrt abs sign floor clamp cumsum dropout detach"
@@ -56,5 +58,5 @@ OP_SHAPES: dict[str, str] = {
 
 
 def shapes_of(name: str) -> str:
-    """The row of an op, or `not known` for an op of an extension."""
-    return OP_SHAPES.get(name, "not known")
+    """The row of an op, what an extension says of its op, or `not known`."""
+    return OP_SHAPES.get(name) or OPS[name].shapes or "not known"

@@ -303,7 +303,7 @@ def write_op(name: str, builder: Builder, *args: Value, **kwargs: Value) -> Valu
     write = load_writer(op, origin)
     try:
         value = write(builder, *args, **kwargs)
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         raise
     except Exception as error:  # noqa: BLE001 -- foreign code: any other exception is a bug of the package
         unusable(origin, f"the writer of `{name}` raised {told(error)}")

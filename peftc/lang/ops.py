@@ -15,8 +15,9 @@ from dataclasses import dataclass
 class Op:
     """One named op: at least `arity[0]` and at most `arity[1]` positional arguments, `keywords` by name.
 
-    `writer` says where the op of an extension is written as nodes: "module:function", a function that takes the
-    builder and the op's arguments. Those of the library stand in `peftc.lang.op_writers`.
+    The last two are for ops of extensions; the library's stand in `peftc.lang.op_writers` and `peftc.lang.op_shapes`.
+    `writer` is "module:function", a function that takes the builder and the op's arguments and gives a node. `shapes`
+    says what it makes of shapes, as in "[.., n], [n] -> [.., n]"; where nothing is said, any shape is admitted.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Op:
     doc: str
     keywords: tuple[str, ...] = ()
     writer: str = ""
+    shapes: str = ""
 
 
 _TABLE = (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftc.diagnostics import fail
+from peftc.diagnostics import Diagnostic, PeftcError, fail
 from peftc.store.atomic import atomic_directory
 from peftc.store.safetensors_io import Header, TensorInfo, TensorSpec, read_header, read_tensor, write
 
@@ -62,6 +62,8 @@ class DeltaDir:
             rule = parse_rule(rule_file.read_text(encoding="utf-8"), str(rule_file))
         except (OSError, UnicodeDecodeError) as error:
             fail("E034", f"{rule_file} cannot be read: {error}", help="apply the rule again")
+        except PeftcError as error:
+            raise PeftcError([*error.diagnostics, *_missing_packages(manifest)]) from error
         return DeltaDir(path, manifest, rule, read_header(path / TENSORS))
 
     def read(self, name: str) -> torch.Tensor:
@@ -95,6 +97,19 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         if not isinstance(base, dict) or not isinstance(base.get(key), kinds):
             fail("E034", f"{file}: `base.{key}` is missing or of the wrong type", help="apply the rule again")
     return manifest
+
+
+def _missing_packages(manifest: Mapping[str, Any]) -> list[Diagnostic]:
+    """An E045 for each package that the rule's ops were from and that is not installed."""
+    from peftc.lang.complaints import shown
+    from peftc.lang.extensions import OPS_GROUP, entry_points, problem
+
+    recorded = manifest.get("ops_from")
+    names = [origin for origin in recorded if isinstance(origin, str)] if isinstance(recorded, list) else []
+    installed = {origin.partition(" ")[0] for _, origin in entry_points(OPS_GROUP)}
+    absent = [origin for origin in names if origin.partition(" ")[0] not in installed]
+    reason = "the rule calls ops of it, and it is not installed"
+    return [problem(shown(origin), reason, "install it if you trust it: ops are code") for origin in absent]
 
 
 def refuse_trained(target: Path) -> None:
@@ -176,11 +191,14 @@ def write_files(
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """The plan as JSON: counts, and each delta's sites with their parameters."""
+    from peftc.lang.foreign import op_packages
+
     deltas = []
     for delta in plan.rule.deltas:
         edits = [edit for edit in plan.edits if edit.delta is delta]
         sites = [{"site": e.site.kind, "path": e.site.path, "tap": e.tap} for e in edits]
         deltas.append({"name": delta.name, "form": delta.form.name, "sites": sites})
+    packages = op_packages(plan.rule.text)
     return {
         "rule": plan.rule.name,
         "counts": {
@@ -191,4 +209,5 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         },
         "trained_base": list(plan.trained),
         "deltas": deltas,
+        **({"ops_from": packages} if packages else {}),
     }

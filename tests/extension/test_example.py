@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from methods.harness import inputs, output, scramble, tiny
 from torch import Tensor
 from typer.testing import CliRunner
@@ -20,6 +21,9 @@ from extension.support import install_example
 from peftc import driver
 from peftc.cli import app
 from peftc.diagnostics import PeftcError
+from peftc.lang import library
+from peftc.lang.loader import parse_rule
+from peftc.runtime.delta_dir import DeltaDir
 
 RANK = 3
 
@@ -119,6 +123,45 @@ def test_op_serves_as_a_word_in_rules_of_the_library(tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "base")
     plan = driver.plan("houlsby", tmp_path / "base", {"f": "squared_relu", "r": 4}).to_json()
     assert {fold["result"] for fold in plan["folds"]} == {"kept"}
+
+
+@pytest.mark.usefixtures("example")
+def test_shapes_go_through_the_op_without_a_model() -> None:
+    row = "{at: ffn, modify: out, form: 'linear(squared_relu(linear(x, A)), B)', params: {A: %s, B: %s}}"
+    params = ["{shape: [r, d_in], init: zeros}", "{shape: [r, d_out], init: zeros}"]
+    text = f"peftc: 1\nname: t\nhyper: {{r: 2}}\ndeltas:\n  a: {row % tuple(params)}\n"
+    with pytest.raises(PeftcError, match=r"squared_relu\(linear\(x, A\)\) is \[\.\., r\] but B is \[r, d_out\]"):
+        parse_rule(text, "t.yaml")
+
+
+def relu2(folder: Path) -> Path:
+    """A tiny BERT whose FFN has squared ReLU."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=64, max_position_embeddings=32, hidden_act="relu2", **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("example")
+def test_adapter_with_the_ffn_s_own_activation_widens(tmp_path: Path) -> None:
+    plan = driver.plan("squared_adapter", relu2(tmp_path / "base")).to_json()
+    assert [(fold["result"], fold["sites"]) for fold in plan["folds"]] == [("widened", 2)]
+
+
+def test_delta_directory_holds_form_and_pattern_and_names_the_package_of_the_op(example: Path, tmp_path: Path) -> None:
+    row = "{at: squared_ffn, modify: out, form: squared_bottleneck, expect: 2}"
+    rule = parse_rule(f"peftc: 1\nname: t\nhyper: {{r: 2}}\ndeltas:\n  a: {row}\n", "t.yaml")
+    model = peftc.apply(rule, relu2(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "delta")
+    assert DeltaDir.open(tmp_path / "delta").rule.text == rule.text
+    (next(example.glob("*.dist-info")) / "entry_points.txt").unlink()  # as if it were not installed
+    library.forget()
+    with pytest.raises(PeftcError) as caught:
+        DeltaDir.open(tmp_path / "delta")
+    assert [d.code for d in caught.value.diagnostics] == ["E007", "E045"]
+    assert "`peftc-squared 0.1.0` cannot be used: the rule calls ops of it" in caught.value.diagnostics[1].message
+    alone = parse_rule(rule.text.replace("squared_relu(", "relu("), "t.yaml")
+    assert (alone.deltas[0].form.name, [*alone.patterns]) == ("squared_bottleneck", ["squared_ffn"])
 
 
 @pytest.mark.usefixtures("example")

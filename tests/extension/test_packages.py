@@ -41,8 +41,15 @@ def mistakes(text: str) -> list[Diagnostic]:
         ("broken.ops:OPS", OP.replace("broken.writers:cubed", "broken.writers"), "not `module:function`"),
         ("broken.ops:OPS", OP.replace("writer=", "keywords=3, writer="), "whose keywords are 3, not names"),
         ("broken.ops:OPS", OP.replace("writer=", "writes="), "TypeError: Op.__init__() got an unexpected keyword"),
+        (
+            "broken.ops:OPS",
+            OP.replace("writer=", "shapes='[n]', writer="),
+            "whose shapes are '[n]', not as in `[.., n]",
+        ),
+        ("broken.ops:OPS", OP.replace("writer=", "shapes='[n] -> [m]', writer="), "whose shapes are '[n] -> [m]', not"),
+        ("broken.ops:OPS", OP.replace("writer=", "shapes='[n], [n] -> [n]', writer="), "whose shapes are '[n], [n] ->"),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_broken_table_of_ops_is_told_where_an_op_is_missing(point: str, module: str, reason: str, site: Path) -> None:
     files = {"broken/__init__.py": "", "broken/ops.py": module}

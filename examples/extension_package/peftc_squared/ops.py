@@ -10,5 +10,6 @@ OPS = [
         (1, 1),
         "max(x, 0) squared (So et al. 2021)",
         writer="peftc_squared.writers:squared_relu",
+        shapes="[..] -> [..]",
     ),
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from peftc.lang.op_shapes import OP_SHAPES
+from peftc.lang.ops import OPS
 from peftc.lang.shapes.axes import AXIS_RULES
 from peftc.lang.shapes.operands import static_size, tensor
 from peftc.lang.shapes.polynomial import constant, divide, extreme, floor_divide, names_of_atom, symbol
@@ -24,9 +25,18 @@ def apply(name: str, sizes: Sizes, operands: Sequence[Value], keywords: Mapping[
     if rule is not None:
         return rule(sizes, operands, keywords)
     if name not in OP_SHAPES:
-        return UNKNOWN  # an op of an extension
+        return _extension(name, sizes, operands)
     shapes = [tensor(operands, position) for position in range(len(operands))]
     return signature(OP_SHAPES[name]).apply(sizes, shapes)
+
+
+def _extension(name: str, sizes: Sizes, operands: Sequence[Value]) -> Value:
+    """By the op's own signature, whose operands are the call's first ones; the others may be numbers."""
+    told = OPS[name].shapes if name in OPS else ""
+    if not told or len(signature(told).operands) > len(operands):
+        return UNKNOWN
+    count = len(signature(told).operands)
+    return signature(told).apply(sizes, [tensor(operands, position) for position in range(count)])
 
 
 def broadcast(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value] | None = None) -> Value:
