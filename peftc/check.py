@@ -72,6 +72,7 @@ def check(
 
 
 def _check_file(name: str, sets: Mapping[str, object], insert: Insert | None) -> Checked:
+    from peftc.check_tests import check_tests
     from peftc.lang.forms import is_form, parse_form
     from peftc.lang.lint import lint
     from peftc.lang.loader import parse_rule, rule_source
@@ -92,6 +93,7 @@ def _check_file(name: str, sets: Mapping[str, object], insert: Insert | None) ->
             rule = parse_rule(text, file, sets)
             told = (diagnostic for delta in rule.deltas for diagnostic in check_row(delta, rule.hyper))
             found += (diagnostic for diagnostic in told if diagnostic.severity == "warning")
+            found += check_tests(rule)
             found += [] if insert is None else _against_model(rule, insert)
     except PeftcError as error:
         found += error.diagnostics

@@ -23,11 +23,11 @@ LIBRARY = sorted(rule_files())
 
 
 def meaning(value: Any) -> Any:
-    """A rule without the places it was read from: equal for rules that do the same."""
+    """A rule without the places it was read from and its tests: equal for rules that do the same."""
     if isinstance(value, Expr):
         return value.text
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        skipped = ("span", "spans", "file", "text")
+        skipped = ("span", "spans", "file", "text", "tests")
         return {f.name: meaning(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in skipped}
     if isinstance(value, dict):
         return [(key, meaning(item)) for key, item in value.items()]
