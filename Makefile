@@ -15,13 +15,14 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench lint format clean
+.PHONY: help install demo test test-all bench reference lint format clean
 
 help:
 	@echo "make demo      adapt, train, fold and export a real pretrained model (all-MiniLM-L6-v2)"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make bench     the measurements"
+	@echo "make reference rules/REFERENCE.md and the tables in rules/README.md, from peftc's own tables"
 	@echo "make lint      ruff and pyright"
 	@echo "make clean     remove .venv and everything built"
 	@echo "PYTHON=python3.12 make ... chooses the Python that .venv is made with"
@@ -54,6 +55,9 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m bench -s
 
 # pyright knows nothing of setuptools' package-dir, so passes/ and rules/ are linked to where they install.
+reference: $(STAMP)
+	$(BIN)/python -m peftc.reference rules
+
 lint: $(DEV_STAMP)
 	@mkdir -p build/typing/peftc && touch build/typing/peftc/__init__.py
 	@ln -sfn ../../../passes build/typing/peftc/passes

@@ -185,9 +185,16 @@ def schema(
     kind: Annotated[
         FileKind, typer.Argument(metavar="[rule|form|pattern]", help="Which kind of file.")
     ] = FileKind.rule,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the whole reference as Markdown.")] = False,
 ) -> None:
-    """Print the JSON Schema of rule, form or pattern files, for editors."""
+    """Print the JSON Schema of rule, form or pattern files, for editors; or the reference of the language."""
     from peftc.lang.json_schema import schema_text
+
+    if markdown:
+        from peftc.reference import reference
+
+        typer.echo(reference(), nl=False)
+        return
 
     typer.echo(schema_text(kind.value), nl=False)
 

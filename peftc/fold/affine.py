@@ -52,11 +52,19 @@ class Opaque:
         if self.foreign is not None:
             return f"it reads {self.foreign}, another activation than the folded weight's own input"
         packet = getattr(self.culprit.target, "overloadpacket", None)
-        return f"`{packet.__name__ if packet is not None else self.culprit.target}` is not affine in its input"
+        name = str(packet.__name__ if packet is not None else self.culprit.target)
+        how = "an affine function of each token by itself" if name in _ACROSS else "affine in its input"
+        return f"`{name}` is not {how}"
 
 
 Kind = Constant | Affine | Opaque
 Kinds = Mapping[fx.Node, Kind]
+
+_ACROSS = frozenset({
+    "bmm", "cat", "cumsum", "einsum", "expand", "flatten", "flip", "index_select", "matmul", "mean", "permute",
+    "reshape", "roll", "select", "slice", "squeeze", "stack", "sum", "transpose", "unflatten", "unsqueeze",
+})  # fmt: skip
+"""Ops that may well be affine, but mix tokens or give a token more than one vector."""
 
 _SAME = (
     aten.to.dtype, aten.contiguous.default, aten.clone.default, aten.dropout.default, aten.alias.default,

@@ -1,0 +1,68 @@
+"""What each kind of site, tap and dimension is, in a line for the reference; the names are those of `peftc.lang.sites`.
+
+Shapes: B is the batch, S the sequence; weights are [out, in], whatever the checkpoint's layout.
+"""
+
+from __future__ import annotations
+
+SITE_DOCS: dict[str, str] = {
+    "attention": "an attention with its projections, found from the attention op",
+    "ffn": "two linear layers with an activation between them, whose result joins a residual",
+    "linear": "a linear layer",
+    "conv": "a convolution",
+    "embedding": "a table of embeddings",
+    "norm": "a LayerNorm, RMS norm, group norm or batch norm",
+    "block": "a layer of the model: the part that repeats",
+    "model": "the whole model",
+}
+
+TAP_DOCS: dict[str, dict[str, str]] = {
+    "attention": {
+        "x": "input of the query projection, [B, S, d_model]",
+        "ctx": "input of the key and value projections; x itself in self-attention",
+        "q": "queries as projected, [B, S, heads * head_dim]",
+        "k": "keys as projected, [B, S, kv_heads * head_dim]",
+        "v": "values as projected, [B, S, kv_heads * head_dim]",
+        "heads": "each head's output, [B, heads, S, head_dim]",
+        "concat": "the heads merged, the input of the output projection, [B, S, heads * head_dim]",
+        "out": "result of the output projection, [B, S, d_model]",
+    },
+    "ffn": {
+        "x": "input, [B, S, d_model]",
+        "gate": "what the activation is of in a gated FFN, [B, S, d_ff]",
+        "up": "result of the up projection, [B, S, d_ff]",
+        "mid": "input of the down projection, [B, S, d_ff]",
+        "out": "result of the down projection, [B, S, d_model]",
+        "residual": "the sum of `out` and the residual stream",
+    },
+    "linear": {"x": "input", "out": "output", "weight": "the weight, [d_out, d_in]", "bias": "the bias, [d_out]"},
+    "conv": {"x": "input", "out": "output", "weight": "the kernel", "bias": "the bias, [d_out]"},
+    "embedding": {"out": "the rows that were looked up", "weight": "the table"},
+    "norm": {"x": "input", "out": "output", "weight": "the scale, [d_out]", "bias": "the offset, [d_out]"},
+    "block": {"x": "the hidden states that enter", "out": "the hidden states that leave"},
+    "model": {"embeddings": "the embedded tokens, [B, S, d_model]", "logits": "the first output"},
+}
+
+DIM_DOCS: dict[str, str] = {
+    "d_in": "last axis of x; of a weight its own second axis",
+    "d_out": "last axis of h; of a weight its own first axis",
+    "d_model": "width of the hidden states; attention, ffn, block and model have it",
+    "d_ff": "inner width of an ffn",
+    "heads": "number of query heads of an attention",
+    "kv_heads": "number of key and value heads of an attention",
+    "head_dim": "width of a head",
+    "layer": "number of the layer within its stack, from 0; -1 outside of any",
+    "layers": "number of layers of the stack",
+    "has_bias": "whether the layer has a bias",
+}
+
+INSERTION_DOCS: dict[str, str] = {
+    "parallel": "x is the site's own input (for the taps k and v of an attention that is ctx)",
+    "sequential": "x is h itself",
+}
+
+COMPOSITION_DOCS: dict[str, str] = {
+    "add": "h + dh",
+    "gate": "(1 - λ) h + λ dh for a form with `attend`, where λ is the share of the softmax that the rows take",
+    "prepend": "dh as rows in front of the embeddings; the mask and the positions grow with them",
+}
