@@ -241,7 +241,7 @@ def _print_rules(found: dict[str, Rule], origins: dict[str, str]) -> None:
     if extended:
         table.add_column("from", no_wrap=True)
     for name, rule in found.items():
-        hyper = " ".join(f"{name}={value}" for name, value in rule.values.items())
+        hyper = " ".join(f"{name}={hyper.shown}" for name, hyper in rule.hyper.items())
         table.add_row(name, " ".join(rule.doc.split()), hyper, *([origins[name]] if extended else []))
     console.print(table)
 

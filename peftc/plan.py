@@ -14,11 +14,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from peftc.budget import Spent, solve
 from peftc.diagnostics import Collector, did_you_mean, fail
 from peftc.ir.program import DeltaParameter, Init, Program
 from peftc.ir.sites import Site
 from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
 from peftc.lang.static import evaluate_static
+from peftc.layered import check_layers, check_shared
 from peftc.locate.walk import common_path
 from peftc.patterns.sites import find
 from peftc.refer import Source, referred
@@ -61,6 +63,8 @@ class Plan:
     base_sizes: dict[str, int]
     dtype: torch.dtype | None
     """That of the delta parameters; None when there are none."""
+    budget: Spent | None = None
+    """How a budget of the rule was spent; `rule` then holds the value found."""
 
     @property
     def parameters(self) -> dict[str, DeltaParameter]:
@@ -106,8 +110,12 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
     `fresh` are parameters that the checkpoint does not hold (a new classification head); they train always, for a
     head frozen at random values is never meant.
 
-    Raises `PeftcError`: E004, E008, E009, E014, E020 to E026.
+    The rule of the plan has a value where the one given has a budget.
+
+    Raises `PeftcError`: E004, E008, E009, E014, E020 to E026, E052, E053.
     """
+    if rule.budgeted is not None:
+        return solve(rule, lambda solved: make_plan(solved, program, dtype=dtype, fresh=fresh))
     base = program.placeholders("parameter")
     sizes = _base_sizes(program)
     dtype = dtype or delta_dtype(program)
@@ -131,6 +139,8 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
         edits.extend(_edits(rule, delta, sites, dtype, collector, located))
     named = (name for name in base if name in fresh or _is_trained(rule, name))
     trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
+    check_layers(rule, program.sites, collector)
+    check_shared(edits, collector)
     for glob in rule.train:
         if not any(fnmatch.fnmatchcase(name, glob.pattern) for name in base):
             collector.error(
@@ -213,7 +223,7 @@ def site_statics(rule: Rule, delta: Delta, site: Site, tap: str, sources: Mappin
     env.setdefault("d_in", env["d_out"])
     env["has_bias"] = bool(site.dims.get("has_bias", False))
     env.update({name: arg for name, arg in delta.form.args.items() if name not in rule.hyper})
-    env.update(rule.values)
+    env.update(rule.values_at(site.layer, int(site.dims.get("layers", 0))))
     for name, argument in delta.arguments.items():
         env[name] = evaluate_static(argument, env) if isinstance(argument, Expr) else argument
     return env

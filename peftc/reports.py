@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peftc.layered import describe_layers, per_layer
+from peftc.overlaps import overlaps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,6 +102,8 @@ class PlanReport:
             "model": str(self.path),
             "rule": self.plan.rule.name,
             "hyper": self.plan.rule.values,
+            "per_layer": per_layer(self.plan),
+            "overlaps": [overlap.to_json() for overlap in overlaps(self.plan)],
             **counts_json(self.plan),
             "parameters": {p.name: list(p.shape) for p in self.plan.parameters.values()},
             "trained_base": list(self.plan.trained),
@@ -108,7 +113,11 @@ class PlanReport:
     def render(self, console: Console) -> None:
         hyper = " ".join(f"{name}={value}" for name, value in self.plan.rule.values.items())
         console.print(f"[bold]{self.plan.rule.name}[/bold] on {self.path}  [dim]{hyper}[/dim]")
+        for name, values in per_layer(self.plan).items():
+            console.print(f"{name} = {describe_layers(values)}")
         render_deltas(console, self.plan)
+        for overlap in overlaps(self.plan):
+            console.print(f"overlap: {overlap.describe()}")
         render_folds(console, self.decisions)
 
 
@@ -133,6 +142,7 @@ def counts_json(plan: Plan) -> dict[str, Any]:
         "stored": plan.stored_count,
         "base": plan.base_count,
         "percent": round(plan.percent, 4),
+        **({"budget": asdict(plan.budget)} if plan.budget is not None else {}),
         "sites": {delta.name: len(plan.sites_of(delta.name)) for delta in plan.rule.deltas},
     }
 
@@ -156,6 +166,8 @@ def render_deltas(console: Console, plan: Plan) -> None:
         shown = ", ".join(plan.trained[:3]) + (f" and {len(plan.trained) - 3} more" if len(plan.trained) > 3 else "")
         console.print(f"trained as they are: {shown}")
     console.print(f"trains {plan.trained_count:,} of {plan.base_count:,} parameters ({plan.percent:.2f} %)")
+    if plan.budget is not None:
+        console.print(plan.budget.describe())
 
 
 def fold_groups(decisions: list[Decision]) -> dict[tuple[str, str, str], list[Decision]]:

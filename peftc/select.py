@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from peftc.diagnostics import Span
 from peftc.ir.sites import Site
 from peftc.lang.expr import names_in
+from peftc.lang.layers import layer_set
 from peftc.lang.rule import Delta, Expr, Rule, Scalar, Where
 from peftc.lang.static import evaluate_static
 
@@ -59,23 +60,8 @@ def condition_env(site: Site, rule: Rule) -> dict[str, Scalar]:
     env: dict[str, Scalar] = dict.fromkeys(names, 0)
     env["has_bias"] = False
     env.update(site.dims)
-    env.update(rule.values)
+    env.update(rule.values_at(site.layer, int(site.dims.get("layers", 0))))
     return env
-
-
-def layer_set(layers: tuple[int, ...] | str | None, count: int) -> set[int]:
-    """Layer indices out of `count`: a list (negative from the end), "A-B", "first N" or "last N"."""
-    if layers is None:
-        return set(range(count))
-    if isinstance(layers, str):
-        word, _, rest = layers.partition(" ")
-        if word == "first":
-            return set(range(min(int(rest), count)))
-        if word == "last":
-            return set(range(max(0, count - int(rest)), count))
-        low, _, high = layers.partition("-")
-        return set(range(int(low), int(high) + 1))
-    return {index + count if index < 0 else index for index in layers}
 
 
 def nearest_miss(

@@ -92,6 +92,9 @@ def _complaint(tree: MappingNode, path: Path, group: list[ErrorDetails]) -> Comp
         if ")" in name and "(" not in name:
             help = "inside `{ }`, quote an expression that holds a comma"
         return Complaint("E003", path, f"unknown key `{name}`", _key_span(tree, path), help)
+    if any(error["loc"][-1] == "[key]" for error in group) and path[-2:-1] == ("layers",):
+        help = "as in 0, -1, 0-5, first 4 or last 2"
+        return Complaint("E009", path, f"`{name}` names no layer", _key_span(tree, path), help)
     if any(error["loc"][-1] == "[key]" for error in group):
         message = f"`{name}` is not a name"
         help = "a name is letters, digits and _, and starts with no digit"
@@ -115,7 +118,8 @@ def _expected(group: list[ErrorDetails]) -> str:
         elif error["type"] == "greater_than_equal":
             text = f"at least {error.get('ctx', {}).get('ge')}"
         elif error["type"] == "string_pattern_mismatch":
-            text = 'like "0-5", "first 4" or "last 2"'
+            percent = "%" in str(error.get("ctx", {}).get("pattern"))
+            text = "a percentage such as 0.5%" if percent else 'like "0-5", "first 4" or "last 2"'
         else:
             text = _EXPECTED.get(error["type"], "of another type")
         if text not in wanted:

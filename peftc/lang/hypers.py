@@ -1,7 +1,7 @@
-"""Hyperparameters: their values in the file, the values set from outside, their bounds, and the resolved source.
+"""Hyperparameters: their values in the file, the values set from outside, their bounds, and values of single layers.
 
-`resolve` reads `hyper:` with `sets` applied; `rewrite` puts the set values into the YAML text, touching nothing
-else, so that loading the result gives the same rule.
+hyper:
+  r: {default: 8, min: 1, layers: {0: 16, last 2: 32}}     # --set r=4 replaces the 8 alone
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
+from dataclasses import replace
 
 from peftc.diagnostics import Collector, did_you_mean
+from peftc.lang.amounts import amount, budget_of
 from peftc.lang.complaints import shown
-from peftc.lang.emit import written
+from peftc.lang.layers import selector
 from peftc.lang.reading import value, word
-from peftc.lang.rule import Hyper, Scalar
+from peftc.lang.rule import Budget, Hyper, LayerValue, Scalar
 from peftc.lang.tree import MAX_DIGITS, MappingNode, Node, ScalarNode, resolve_plain
 
 SIZES = frozenset({"r", "l"})
@@ -34,46 +36,45 @@ def resolve(node: Node | None, sets: Mapping[str, object], collector: Collector)
             collector.error("E015", f"`--set {shown(str(name))}`: the rule has no such hyperparameter", help=help)
     found: dict[str, Hyper] = {}
     for name, (_, entry) in entries.items():
-        hyper = _hyper(name, entry)
+        hyper = _hyper(name, entry, collector)
         if hyper is None:
             continue
         if name in sets:
-            hyper = _set(hyper, _scalar(entry), sets[name], collector)
+            hyper = _set(hyper, amount(entry)[1], sets[name], collector)
         found[name] = hyper
         _check_bounds(hyper, collector)
+        for one in layer_hypers(hyper):
+            _check_bounds(one, collector)
+    _one_budget(found, collector)
     return found
 
 
-def rewrite(text: str, node: Node | None, hypers: Mapping[str, Hyper], dropped: tuple[int, int] | None = None) -> str:
-    """`text` with the values of `hypers` in place of the defaults that differ, and without the part `dropped`."""
-    edits: list[tuple[int, int, str]] = [] if dropped is None else [(*dropped, "")]
-    for name, (_, entry) in node.entries.items() if isinstance(node, MappingNode) else ():
-        scalar = _scalar(entry)
-        if scalar is not None and name in hypers and not _same(scalar.value, hypers[name].value):
-            tail = "\n" if text[scalar.start : scalar.end].endswith("\n") else ""
-            edits.append((scalar.start, scalar.end, written(hypers[name].value) + tail))
-    for start, end, replacement in sorted(edits, reverse=True):
-        text = text[:start] + replacement + text[end:]
-    return text
-
-
-def with_values(node: Node | None, hypers: Mapping[str, Hyper]) -> Node | None:
-    """The tree of `hyper:` with the values of `hypers` in place of the defaults that differ; see `rewrite`."""
-    if not isinstance(node, MappingNode):
-        return node
-    entries = dict(node.entries)
-    for name, (key, entry) in node.entries.items():
-        scalar = _scalar(entry)
-        if scalar is None or name not in hypers or _same(scalar.value, hypers[name].value):
+def check_entries(node: Node | None, collector: Collector) -> None:
+    """E010 for each entry of `hyper:`, as it is written, without an amount, and E003 for one with two."""
+    for name, (key, entry) in node.entries.items() if isinstance(node, MappingNode) else ():
+        if not isinstance(entry, MappingNode):
             continue
-        value = hypers[name].value
-        new = ScalarNode(written(value), value, scalar.span, scalar.start, scalar.end, exact=False)
-        if isinstance(entry, MappingNode):
-            inner = {**entry.entries, "default": (entry.key("default"), new)}
-            entries[name] = (key, MappingNode(inner, entry.span, entry.size))
-        else:
-            entries[name] = (key, new)
-    return MappingNode(entries, node.span, node.size)
+        given = [word for word in ("default", "budget") if word in entry.entries]
+        if not given and not entry.entries.keys() - {"min", "max", "doc", "layers"}:  # a misspelt key is told already
+            message, help = f"missing key `default` (or `budget`) of `{name}`", "`default` is the value without --set"
+            collector.error("E010", message, span=key.span, help=help)
+        elif len(given) > 1:
+            later = max((entry.key(word) for word in given), key=lambda found: found.start)
+            message = f"`{name}` has `default` or `budget`, not both"
+            collector.error("E003", message, span=later.span, help="take one of them out; --set gives either")
+
+
+def layer_hypers(hyper: Hyper) -> list[Hyper]:
+    """The hyperparameter as it is in the layers that have a value of their own, one for each."""
+    return [replace(hyper, value=given.value, span=given.span, layers=(), budget=None) for given in hyper.layers]
+
+
+def _one_budget(found: Mapping[str, Hyper], collector: Collector) -> None:
+    first, *more = [hyper for hyper in found.values() if hyper.budget is not None] or [None]
+    for hyper in more:
+        assert first is not None and hyper is not None and hyper.budget is not None
+        message = f"`{hyper.name}` has a budget, and so has `{first.name}`: one number cannot fix two"
+        collector.error("E052", message, span=hyper.budget.span, help="give one of them a value")
 
 
 def check_size(hyper: Hyper, collector: Collector, *, whole: bool) -> None:
@@ -88,18 +89,42 @@ def check_size(hyper: Hyper, collector: Collector, *, whole: bool) -> None:
         collector.error("E014", message, span=hyper.span, help=_SIZE)
 
 
-def _hyper(name: str, entry: Node) -> Hyper | None:
-    scalar = _scalar(entry)
+def _hyper(name: str, entry: Node, collector: Collector) -> Hyper | None:
+    key, scalar = amount(entry)
     if scalar is None or scalar.value is None:
         return None
     low, high = (_bound(entry.get(key)) if isinstance(entry, MappingNode) else None for key in ("min", "max"))
     doc = word(entry.get("doc")) if isinstance(entry, MappingNode) else None
-    return Hyper(name, scalar.value, low, high, doc or "", scalar.span)
+    hyper = Hyper(name, scalar.value, low, high, doc or "", scalar.span)
+    if key is not None and key.text == "budget":
+        hyper = _within(hyper, budget_of(scalar.value, scalar.inner))
+        if hyper.budget is None:
+            message = f"`{name}` has a budget of nothing, {_shown(scalar.value)}"
+            collector.error("E014", message, span=scalar.span, help="as in 0.5%, or a number of parameters")
+    layers = entry.get("layers") if isinstance(entry, MappingNode) else None
+    return replace(hyper, layers=_layers(hyper, layers, collector)) if isinstance(layers, MappingNode) else hyper
 
 
-def _scalar(entry: Node) -> ScalarNode | None:
-    default = entry.get("default") if isinstance(entry, MappingNode) else entry
-    return default if isinstance(default, ScalarNode) else None
+def _within(hyper: Hyper, budget: Budget | None) -> Hyper:
+    """`hyper` with a budget; its value is the smallest that the budget may come to."""
+    return replace(hyper, value=max(1, math.ceil(hyper.min or 1)), budget=budget)
+
+
+def _layers(hyper: Hyper, node: MappingNode, collector: Collector) -> tuple[LayerValue, ...]:
+    """The values of single layers; E009 for a selector that names no layer, E014 for a value of another type."""
+    found: list[LayerValue] = []
+    kind = type(hyper.value)
+    for key, item in node.entries.values():
+        layers, given = selector(key.text), value(item)
+        if layers is None:
+            message, help = f"`{shown(key.text)}` names no layer", "as in 0, -1, 0-5, first 4 or last 2"
+            collector.error("E009", message, span=key.span, help=help)
+        elif (isinstance(given, str) and kind is not str) or (converted := _converted(given, kind)) is None:
+            message = f"`{hyper.name}` must be {_KINDS[kind]} in every layer, not {_shown(given)}"
+            collector.error("E014", message, span=item.span, help=f"its type is that of the default, {hyper.shown}")
+        else:
+            found.append(LayerValue(" ".join(key.text.split()), layers, converted, item.span))
+    return tuple(found)
 
 
 def _bound(node: Node | None) -> float | None:
@@ -113,13 +138,16 @@ def _set(hyper: Hyper, node: ScalarNode | None, given: object, collector: Collec
         message = f"`{hyper.name}` cannot be set: an anchor shares its value with other places"
         collector.error("E014", message, span=hyper.span, help="write the value without `&`")
         return hyper
+    budget = budget_of(given, node.inner if node else None) if isinstance(given, str) else None
+    if budget is not None and type(hyper.value) is int:
+        return _within(hyper, budget)
     converted = _converted(given, type(hyper.value))
     if converted is None:
         kind = _KINDS[type(hyper.value)]
         message = f"`--set {hyper.name}={shown(str(given))}`: `{hyper.name}` must be {kind}"
         collector.error("E014", message, span=hyper.span)
         return hyper
-    return Hyper(hyper.name, converted, hyper.min, hyper.max, hyper.doc, hyper.span)
+    return replace(hyper, value=converted, budget=None)
 
 
 def _converted(given: object, kind: type) -> Scalar:
@@ -162,10 +190,6 @@ def _check_bounds(hyper: Hyper, collector: Collector) -> None:
         return
     if hyper.name in SIZES:
         check_size(hyper, collector, whole=True)
-
-
-def _same(left: Scalar, right: Scalar) -> bool:
-    return left == right and type(left) is type(right)
 
 
 def _shown(value: Scalar) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean, fail
-from peftc.lang import emit, forms, hypers, inherit
+from peftc.lang import amounts, emit, forms, hypers, inherit
 from peftc.lang.cases import CaseReader, place_of_tests
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
@@ -24,6 +24,7 @@ from peftc.lang.foreign import written_in
 from peftc.lang.kinds import kinds_of
 from peftc.lang.library import SUFFIXES, catalogue, find, form_names, load_form, read, rule_files, shown_file
 from peftc.lang.local_forms import local_forms
+from peftc.lang.order import ordered
 from peftc.lang.reading import Reader, word, words
 from peftc.lang.rows import RowReader
 from peftc.lang.rule import Delta, Expr, Glob, Hyper, Rule
@@ -94,6 +95,7 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     alone = whole is tree
     declared, written, tests = whole.get("hyper"), _written_params(whole), whole.get("tests")
     tree = check(whole, RuleFile, collector)
+    hypers.check_entries(declared, collector)
     values = hypers.resolve(tree.get("hyper"), sets or {}, collector)
     Reader(collector).fresh(tree.get("hyper"), "a hyperparameter", {})
     names = frozenset(declared.entries) if isinstance(declared, MappingNode) else frozenset[str]()
@@ -127,14 +129,14 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
 
 def _in_place(text: str, tree: MappingNode, values: Mapping[str, Hyper]) -> str:
     """The text of a rule that stands alone, with its values set and without its tests."""
-    return _MODELINE.sub("", hypers.rewrite(text, tree.get("hyper"), values, place_of_tests(text, tree)))
+    return _MODELINE.sub("", amounts.rewrite(text, tree.get("hyper"), values, place_of_tests(text, tree)))
 
 
 def _resolved(tree: MappingNode, values: Mapping[str, Hyper]) -> str:
     """The text of a rule that takes from other files, with all of that written in and without its tests."""
     tree = MappingNode({name: entry for name, entry in tree.entries.items() if name != "tests"}, tree.span, tree.size)
     if "hyper" in tree.entries:
-        hyper = hypers.with_values(tree.get("hyper"), values)
+        hyper = amounts.with_amounts(tree.get("hyper"), values)
         assert hyper is not None
         tree = MappingNode({**tree.entries, "hyper": (tree.key("hyper"), hyper)}, tree.span, tree.size)
     return emit.emit(tree)
@@ -143,7 +145,10 @@ def _resolved(tree: MappingNode, values: Mapping[str, Hyper]) -> str:
 def _deltas(tree: MappingNode, reader: RowReader) -> tuple[Delta, ...]:
     rows = tree.get("deltas")
     found: list[Delta] = []
-    for key, node in rows.entries.values() if isinstance(rows, MappingNode) else ():
+    if not isinstance(rows, MappingNode):
+        return ()
+    nodes = {name: node for name, (_, node) in rows.entries.items()}
+    for key, node in (rows.entries[name] for name in ordered(nodes, reader.collector)):
         before = len(reader.collector.errors)
         delta = reader.row(key, node) if isinstance(node, MappingNode) else None
         if delta is not None:
@@ -180,7 +185,8 @@ def _check_sizes(deltas: tuple[Delta, ...], values: Mapping[str, Hyper], collect
                     sizes[name] = sizes.get(name, False) or whole
     for name, whole in sizes.items():
         if name in values and name not in hypers.SIZES:
-            hypers.check_size(values[name], collector, whole=whole)
+            for one in (values[name], *hypers.layer_hypers(values[name])):
+                hypers.check_size(one, collector, whole=whole)
 
 
 def _check_shapes(deltas: Iterable[Delta], values: Mapping[str, Hyper], collector: Collector) -> None:

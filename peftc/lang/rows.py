@@ -16,6 +16,7 @@ from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
 from peftc.lang.forms import param_expressions, read_form
 from peftc.lang.kinds import Kinds
+from peftc.lang.layers import selector
 from peftc.lang.library import catalogue, form_names, load_form
 from peftc.lang.reading import Reader, Scope, form_scope, value, word, words
 from peftc.lang.references import read_sources
@@ -252,10 +253,10 @@ class RowReader:
         if text is None:
             layer = _whole(node)
             return None if layer is None else (layer,)
-        low, dash, high = text.partition("-")
-        if node is not None and ((dash and int(low) > int(high)) or (text.split()[-1] == "0" and not dash)):
+        layers = selector(text)
+        if layers is None and node is not None:
             self.collector.error("E009", f"`{text}` names no layer", span=node.span, help="as in 0-5, or first 4")
-        return " ".join(text.split()) if not dash else f"{int(low)}-{int(high)}"
+        return layers
 
 
 def _read_by_row(params: tuple[Param, ...], lets: Mapping[str, Expr], compose: Expr) -> set[str]:

@@ -7,10 +7,13 @@ expressions over dimension names, to be evaluated for each site by the planner.
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from peftc.diagnostics import Span
+from peftc.lang.layers import Layers, layer_set
 
 if TYPE_CHECKING:
     from peftc.patterns.terms import Pattern
@@ -42,15 +45,59 @@ class Expr:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """How many parameters may be trained: `percent` of the base's, or `count`; `text` as it is written."""
+
+    text: str
+    percent: Fraction | None = None
+    count: int | None = None
+    span: Span | None = None
+
+    def limit(self, base: int) -> int:
+        """The number of parameters on a base of `base`."""
+        if self.percent is None:
+            return self.count or 0
+        return math.floor(base * self.percent / 100)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerValue:
+    """A value that a hyperparameter has in some layers; `text` is the selector as it is written."""
+
+    text: str
+    layers: Layers
+    value: Scalar
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Hyper:
     """A number (or word) that `--set name=value` may change."""
 
     name: str
     value: Scalar
+    """Of every layer that `layers` does not name; the smallest that is admitted while `budget` is not yet solved."""
     min: float | None = None
     max: float | None = None
     doc: str = ""
     span: Span | None = None
+    layers: tuple[LayerValue, ...] = ()
+    """Of those that name a layer the last one holds."""
+    budget: Budget | None = None
+    """The value is the largest with which the rule trains no more than this; the planner finds it."""
+
+    def at(self, layer: int, count: int) -> Scalar:
+        """The value in a layer of a stack of `count`; -1 is outside of layers."""
+        for given in reversed(self.layers):
+            if layer >= 0 and layer in layer_set(given.layers, count):
+                return given.value
+        return self.value
+
+    @property
+    def shown(self) -> str:
+        """The value in words: `8`, `8 (layers 0-3: 16)`, `0.5%`."""
+        named = "; ".join(f"{given.text}: {given.value}" for given in self.layers)
+        return f"{self.budget.text if self.budget else self.value}" + (f" ({named})" if named else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +141,7 @@ class Form:
 class Where:
     """Which of the sites named by `at`: every given condition must hold."""
 
-    layers: tuple[int, ...] | str | None = None
-    """Layer indices (negative ones count from the end), or "first N", "last N", "A-B"."""
+    layers: Layers | None = None
     stack: tuple[str, ...] = ()
     kind: tuple[str, ...] = ()
     role: tuple[str, ...] = ()
@@ -211,3 +257,12 @@ class Rule:
     @property
     def values(self) -> dict[str, Scalar]:
         return {name: hyper.value for name, hyper in self.hyper.items()}
+
+    def values_at(self, layer: int, count: int) -> dict[str, Scalar]:
+        """The values in a layer of a stack of `count`; -1 is outside of layers."""
+        return {name: hyper.at(layer, count) for name, hyper in self.hyper.items()}
+
+    @property
+    def budgeted(self) -> Hyper | None:
+        """The hyperparameter whose value is still to be found."""
+        return next((hyper for hyper in self.hyper.values() if hyper.budget is not None), None)

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic.fields import FieldInfo
 
 from peftc.diagnostics import Collector, did_you_mean
+from peftc.lang.amounts import PERCENT
 from peftc.lang.complaints import Path, complaints
+from peftc.lang.layers import RANGE
 from peftc.lang.sites import SITES
 from peftc.lang.tree import MappingNode, plain, without
 
@@ -25,7 +27,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max
 Stack = Literal["encoder", "decoder"]
 Kind = Literal["self", "cross"]
 Role = Literal["q", "k", "v", "qkv", "o", "up", "gate", "gate_up", "down", "other"]
-LAYERS = r"^\s*(\d{1,6}\s*-\s*\d{1,6}|(first|last)\s+\d{1,6})\s*$"
+LAYERS = rf"^\s*({RANGE})\s*$"
+BUDGET = rf"^\s*{PERCENT}\s*$"
+LayerKey = Annotated[str, StringConstraints(pattern=rf"^\s*(-?[0-9]{{1,6}}|{RANGE})\s*$")]
 
 
 class _Model(BaseModel):
@@ -35,7 +39,15 @@ class _Model(BaseModel):
 class HyperFile(_Model):
     """A hyperparameter with bounds."""
 
-    default: Value = Field(description="the value where --set gives none; its type is that of every value")
+    default: Value | None = Field(None, description="the value where --set gives none; its type is that of every value")
+    budget: Annotated[str, StringConstraints(pattern=BUDGET)] | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="in place of a default: the largest whole number with which the rule trains no more parameters "
+        "than 0.5% of the base's, or than a count",
+    )
+    layers: dict[LayerKey, Value] = Field(
+        {}, description="values of single layers (0, -1, 0-5, first 4, last 2), later ones win; --set leaves them"
+    )
     min: int | float | None = Field(None, description="the smallest value admitted")
     max: int | float | None = Field(None, description="the largest value admitted")
     doc: str = Field("", description="what it is, in a few words")
@@ -120,6 +132,8 @@ class DeltaFile(_Model):
     lower: Literal["concat", "gated"] | None = Field(
         None, description="how a prefix is computed: rows joined to keys and values, or a second attention with a gate"
     )
+    before: Words | None = Field(None, description="rows that come after this one, where the order of the file differs")
+    after: Words | None = Field(None, description="rows that come before this one, where the order of the file differs")
     expect: Annotated[int, Field(ge=0)] | None = Field(None, description="how many sites the row must match")
 
 
@@ -298,7 +312,7 @@ def _told(model: type[BaseModel], path: Path) -> str | None:
 def _is_model(path: Path) -> bool:
     """Whether the mapping at `path` has the keys of a model, and not names of the user's."""
     names = ("params", "deltas", "hyper", "forms", "let", "args", "with", "from", "tests", "map")
-    names += ("patterns", "taps", "shapes")
+    names += ("patterns", "taps", "shapes", "layers")
     return not path or path[-1] not in names
 
 

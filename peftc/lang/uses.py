@@ -71,40 +71,45 @@ class FormUse:
         for name, node in _calls(expressions(self.form)).items():
             if name not in given_names:
                 continue
-            given, span = self._resolved(name)
-            if not isinstance(given, str):
-                if name not in OPS:
-                    message = f"`{name}` is called, but is {str(given).lower()} and not the name of an op"
-                    self.collector.error("E007", message, span=span, help="as in f: relu; `peftc ops` lists the ops")
-                continue
-            op, clash = OPS.get(given), extension_ops().clash(given, "op")
-            if clash is not None:
-                self.collector.error(clash.code, clash.message, span=span, help=clash.help)
-            elif op is None:
-                known = [op.name for op in OPS.values() if op.arity == (1, 1)]
-                message = f"unknown op `{shown(given)}`"
-                self.collector.error("E007", message, span=span, help=did_you_mean(given, known))
-                self.collector.extend_once(extension_ops().problems)
-            elif not op.arity[0] <= len(node.args) <= op.arity[1]:
-                message = f"`{op.name}` takes {count(op)}; the form calls `{name}` with {len(node.args)}"
-                self.collector.error("E012", message, span=span, help=f"{op.name}: {op.doc}")
+            for given, span in self._resolved(name):
+                self._check_word(name, len(node.args), given, span)
 
-    def _resolved(self, name: str) -> tuple[Scalar, Span | None]:
-        """The value of a called name and its place: with > hyper > the form's default."""
+    def _check_word(self, name: str, arguments: int, given: Scalar, span: Span | None) -> None:
+        """The called `name` stands for `given`, which must be an op that takes so many `arguments`."""
+        if not isinstance(given, str):
+            if name not in OPS:
+                message = f"`{name}` is called, but is {str(given).lower()} and not the name of an op"
+                self.collector.error("E007", message, span=span, help="as in f: relu; `peftc ops` lists the ops")
+            return
+        op, clash = OPS.get(given), extension_ops().clash(given, "op")
+        if clash is not None:
+            self.collector.error(clash.code, clash.message, span=span, help=clash.help)
+        elif op is None:
+            known = [op.name for op in OPS.values() if op.arity == (1, 1)]
+            message = f"unknown op `{shown(given)}`"
+            self.collector.error("E007", message, span=span, help=did_you_mean(given, known))
+            self.collector.extend_once(extension_ops().problems)
+        elif not op.arity[0] <= arguments <= op.arity[1]:
+            message = f"`{op.name}` takes {count(op)}; the form calls `{name}` with {arguments}"
+            self.collector.error("E012", message, span=span, help=f"{op.name}: {op.doc}")
+
+    def _resolved(self, name: str) -> list[tuple[Scalar, Span | None]]:
+        """The values of a called name (several where they differ between layers): with > hyper > the form's default."""
         given, span = self.arguments.get(name), self.node.key("form").span
         if name in self.arguments:
             items = self.node.get("with")
             span = items.entries[name][1].span if isinstance(items, MappingNode) else span
             if not isinstance(given, Expr):
-                return given, span
+                return [(given, span)]
             name = given.tree.id if isinstance(given.tree, ast.Name) else ""
         if name in self.hypers:
-            return self.hypers[name].value, self.hypers[name].span
+            hyper = self.hypers[name]
+            return [(hyper.value, hyper.span), *((given.value, given.span) for given in hyper.layers)]
         form = self.node.get("form")
         written = form.get("args") if isinstance(form, MappingNode) else None
         if isinstance(written, MappingNode) and name in written.entries:
             span = written.entries[name][1].span
-        return self.form.args.get(name), span
+        return [(self.form.args.get(name), span)]
 
 
 def _calls(exprs: list[Expr]) -> dict[str, ast.Call]:

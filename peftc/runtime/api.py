@@ -116,7 +116,7 @@ def operate(model: Any, cls: type[PreTrainedModel], rule: Rule, provenance: dict
     inputs = default_inputs(skeleton.model)
     program = analyse(skeleton, inputs)
     plan = rewrite(program, rule, fresh=new_parameters(base, skeleton))
-    surgery = Surgery(rule, plan, cls, provenance, base.path)
+    surgery = Surgery(plan.rule, plan, cls, provenance, base.path)
     surgery.keep(model, inputs, skeleton, program)
     return surgery
 

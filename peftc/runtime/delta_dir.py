@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +207,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
             "base": plan.base_count,
             "percent": round(plan.percent, 4),
         },
+        **({"budget": asdict(plan.budget)} if plan.budget is not None else {}),
         "trained_base": list(plan.trained),
         "deltas": deltas,
         **({"ops_from": packages} if packages else {}),

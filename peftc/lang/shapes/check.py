@@ -47,7 +47,8 @@ def row_walk(delta: Delta, hypers: Mapping[str, Hyper], place: Place) -> Walk:
     """What the names of a row's expressions are at one place: dimensions, numbers, parameters, taps, x and h."""
     env: dict[str, Value] = {**place.taps, **{name: Static(symbol(name)) for name in DIMS}, "has_bias": Static()}
     args = {name: value for name, value in delta.form.args.items() if name not in hypers}
-    values = _hypers(env, {**args, **{name: hyper.value for name, hyper in hypers.items()}})
+    values = _hypers(env, {**args, **{name: h.value for name, h in hypers.items() if not _open(h)}})
+    env |= {name: _unknown(hyper.value, name) for name, hyper in hypers.items() if _open(hyper)}
     related = name_nodes(delta.where.condition) if delta.where.condition else {}
     dims = frozenset(DIMS) - args.keys() - hypers.keys()
     walk = Walk(Sizes(values, place.aliases, dims, frozenset(related)), env)
@@ -76,6 +77,15 @@ def _hypers(env: dict[str, Value], given: Mapping[str, Scalar]) -> dict[str, Pol
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
         env[name] = Static(symbol(name) if numeric else None, value, known=True)
     return {name: constant(value) for name, value in given.items() if type(value) is int and abs(value) < 2**63}
+
+
+def _open(hyper: Hyper) -> bool:
+    """Whether the value is not one number: it differs between layers, or a budget is still to be solved."""
+    return bool(hyper.layers) or hyper.budget is not None
+
+
+def _unknown(value: Scalar, name: str) -> Static:
+    return Static(symbol(name)) if type(value) in (int, float) else Static()
 
 
 def _params(walk: Walk, params: Iterable[Param]) -> None:
