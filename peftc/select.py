@@ -65,7 +65,7 @@ def condition_env(site: Site, rule: Rule) -> dict[str, Scalar]:
 
 
 def nearest_miss(
-    delta: Delta, rule: Rule, sites: Sequence[Site], missed: Mapping[str, NearestMiss]
+    delta: Delta, rule: Rule, sites: Sequence[Site], missed: Mapping[str, Callable[[], NearestMiss]]
 ) -> tuple[str, Span | None, str]:
     """Why nothing matched: message, place and help, for the condition that excluded the last candidates.
 
@@ -75,7 +75,7 @@ def nearest_miss(
     wanted = " or ".join(delta.at)
     own = next((missed[name] for name in delta.at if name in missed), None)
     if not of_kind and own is not None:
-        reason, span, place = own.told()
+        reason, span, place = own().told()
         at = delta.span_at("at")
         help = f"{place}{'; ' if place else ''}the row is at {at}" if at is not None else place
         return f"delta `{delta.name}` matches nothing: {reason}", span, help

@@ -206,6 +206,7 @@ class PatternBody(_Model):
     """A pattern written in a rule, under its name."""
 
     doc: str = Field("", description="what the pattern finds, in a sentence")
+    paper: str = Field("", description="where what it finds comes from")
     match: Word | Lines = Field(description="lines such as out = linear(x, W), from inputs to outputs")
     outputs: Word | list[Word] = Field([], description="the values that leave the site; by default the last line's")
     taps: dict[Name, Word] = Field({}, description="the site's taps, each with its name in the lines; by default all")

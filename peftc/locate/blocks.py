@@ -8,6 +8,7 @@ encoder when its hidden states are what some cross attention attends to, or when
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx
@@ -26,7 +27,9 @@ def assign_blocks(program: Program, sites: list[Site]) -> list[Site]:
     blocks = _block_paths(anchors or [site.path for site in sites])
     for site in sites:
         site.block = next((block for block in blocks if _inside(site.path, block)), "")
-    _assign_stacks(sites, blocks)
+    stack_of = _stacks(sites)
+    for site in sites:
+        site.stack = stack_of((site.taps["out"] if "out" in site.taps else site.taps["weight"]).node)
     counters: dict[str, int] = {}
     layers: dict[str, int] = {}
     stacks: dict[str, str] = {}
@@ -46,17 +49,17 @@ def assign_blocks(program: Program, sites: list[Site]) -> list[Site]:
     return found
 
 
-def place_in_blocks(program: Program, found: list[Site]) -> None:
-    """Fill in `block`, `layer`, `stack` of further sites of a located program."""
+def place_in_blocks(program: Program, found: Mapping[fx.Node, Site]) -> None:
+    """Fill in `block`, `layer`, `stack` of further sites of a located program, each under its output."""
     if not found:
         return
     blocks = {site.path: site for site in program.sites if site.kind == "block"}
-    for site in found:
-        site.block = next((path for path in blocks if _inside(site.path, path)), "")
     own = [site for site in program.sites if site.kind not in ("block", "model")]
-    _assign_stacks([*own, *found], list(blocks))
+    stack_of = _stacks(own)
     counts = {block.stack: block.dims["layers"] for block in blocks.values()}
-    for site in found:
+    for node, site in found.items():
+        site.block = next((path for path in blocks if _inside(site.path, path)), "")
+        site.stack = stack_of(node)
         if site.block:
             site.layer, site.stack = blocks[site.block].layer, blocks[site.block].stack
         site.dims.update(layer=site.layer, layers=counts.get(site.stack, 0))
@@ -77,18 +80,16 @@ def _block_paths(paths: list[str]) -> list[str]:
     return list(found)
 
 
-def _assign_stacks(sites: list[Site], blocks: list[str]) -> None:
+def _stacks(sites: list[Site]) -> Callable[[fx.Node], str]:
+    """Says for a node which stack it is in, by the attentions among `sites`."""
     crosses = [site for site in sites if site.variant == "cross"]
     memory: set[fx.Node] = set()
     if crosses:
         memory = set(backward([site.taps["ctx"].node for site in crosses], lambda node: node.op == "placeholder"))
-    causal = {site.block for site in sites if site.causal}
-    for site in sites:
-        node = (site.taps.get("out") or site.taps.get("weight") or next(iter(site.taps.values()))).node
-        if crosses:
-            site.stack = "encoder" if node in memory else "decoder"
-        else:
-            site.stack = "decoder" if causal else "encoder"
+    causal = any(site.causal for site in sites)
+    if crosses:
+        return lambda node: "encoder" if node in memory else "decoder"
+    return lambda _: "decoder" if causal else "encoder"
 
 
 def _block_site(program: Program, block: str, sites: list[Site]) -> Site:

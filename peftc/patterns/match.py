@@ -92,8 +92,7 @@ class Matcher:
 
     def roots(self) -> list[fx.Node]:
         """The nodes that may be the last output, in graph order."""
-        root = self.variant.roots[0]
-        assert isinstance(root, (Call, Piece))
+        root = self._first()
         if self.explain:
             found: Iterable[fx.Node] = self.index.nodes(root)
         else:
@@ -132,7 +131,13 @@ class Matcher:
             for node in sorted(self._climb([start], path), key=self.index.order.__getitem__):
                 if self._attempt(((root, node, None, None), None)):
                     return True
-        return False
+        title = root.title
+        return self._fail(root, None, self.nodes.get(self._first()), f"no `{title}` that shares a value with the rest")
+
+    def _first(self) -> Inner:
+        root = self.variant.roots[0]
+        assert isinstance(root, (Call, Piece))
+        return root
 
     def _ways_to(self, root: Inner) -> Iterable[tuple[fx.Node, list[Inner]]]:
         for term, path in paths_below(root):

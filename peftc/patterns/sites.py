@@ -1,15 +1,16 @@
 """From matches to sites: what a rule's own kinds of sites are in one model, and why a pattern found none.
 
     found = find(program, rule.patterns.values())
-    found.sites, found.missed["swiglu"].told()
+    found.sites, found.missed["swiglu"]().told()
 
 Of two matches that share an output, the first in graph order stays; inputs and values on the way may be shared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import fx
 
@@ -54,18 +55,18 @@ class Found:
     """The sites of some patterns, in graph order within each, and the nearest miss of those without a site."""
 
     sites: list[Site] = field(default_factory=list)
-    missed: dict[str, NearestMiss] = field(default_factory=dict)
+    missed: dict[str, Callable[[], NearestMiss]] = field(default_factory=dict)
 
 
 def find(program: Program, patterns: Iterable[Pattern]) -> Found:
     """Every site of `patterns` in a located program."""
     index, found = GraphIndex(program), Found()
     for pattern in patterns:
-        sites = [_site(program, pattern, match, dims) for match, dims in matches(index, pattern)]
+        sites = {match.outputs()[0]: _site(program, pattern, match, dims) for match, dims in matches(index, pattern)}
         if not sites:
-            found.missed[pattern.name] = nearest_miss(index, pattern)
-        found.sites += _numbered(sites)
-    place_in_blocks(program, found.sites)
+            found.missed[pattern.name] = partial(nearest_miss, index, pattern)  # looked for when it is told
+        place_in_blocks(program, sites)
+        found.sites += _numbered([*sites.values()])
     return found
 
 
