@@ -181,6 +181,22 @@ def _described(op: Op) -> dict[str, object]:
     return {key: value for key, value in asdict(op).items() if key not in ("writer", "shapes")}
 
 
+def patterns(
+    ops: Annotated[bool, typer.Option("--ops", help="List the ops that patterns are written with instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """List the patterns of the library: kinds of sites for `at:`, each with its taps."""
+    from peftc.patterns.listing import listed_ops, listed_patterns
+
+    rows = listed_ops() if ops else listed_patterns()
+    if as_json:
+        typer.echo(json.dumps([row.to_json() for row in rows], indent=2, ensure_ascii=False))
+        return
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        typer.echo(f"{row.name:<{width}}  {row.text}")
+
+
 def schema(
     kind: Annotated[
         FileKind, typer.Argument(metavar="[rule|form|pattern]", help="Which kind of file.")

@@ -156,23 +156,39 @@ def _ops(node: ast.AST) -> tuple[PatternOp, ...] | None:
 
 
 def build(lines: Sequence[Line], outputs: Sequence[Place], collector: Collector) -> Variant | None:
-    """One variant of a pattern from lines that `check_line` found good; None after an error.
+    """One variant of a pattern from lines that `check_line` found good, at least one; None after an error.
 
-    Reports E023 (a name given twice), E072 (read above its line, or made of itself), E017 (too large).
+    Reports E023 (a name given twice), E072 (read above its line, or made of itself), E017 (too large), E011 (an output
+    that is no op).
     """
     builder = _Builder(lines, collector)
     for line in lines:
         builder.add(line)
     names = tuple(place.text for place in outputs if place.text in builder.values)
-    if not builder.good or not lines:
+    if not builder.good:
         return None
-    variant = Variant(builder.values, names or tuple(name.text for name in lines[-1].names if name.text != "_"))
+    last = tuple(name.text for name in lines[-1].names if name.text != "_")
+    variant = Variant(builder.values, names or last)
+    if not _outputs_are_ops(variant, lines, collector):
+        return None
     count = sum(not isinstance(term, (Leaf, Number)) for term in walk(*builder.values.values()))
     if count > MAX_TERMS:
         message = f"a pattern of {count} ops; the limit is {MAX_TERMS}"
         collector.error("E017", message, span=lines[0].names[0].span, help="match a smaller part of the model")
         return None
     return variant
+
+
+def _outputs_are_ops(variant: Variant, lines: Sequence[Line], collector: Collector) -> bool:
+    """Whether there is an output, and every output is an op: matching starts from them."""
+    wrong = [name for name in variant.outputs if not isinstance(variant.values[name], (Call, Piece))]
+    if variant.outputs and not wrong:
+        return True
+    places = [place for line in lines for place in line.names if place.text in wrong] or [lines[-1].names[-1]]
+    message = f"`{places[0].text}` may be no op of its own" if wrong else "the last line gives no value a name"
+    help = "an output is the value of an op, such as linear(x, W)"
+    collector.error("E011", message, span=places[0].span, help=help)
+    return False
 
 
 @dataclass(slots=True)

@@ -100,11 +100,17 @@ class _Reading:
         blocks = read_blocks(self.body.get("match"), self.own)
         lines = list(every_line(blocks))
         good = [check_line(line, self.own) for line in lines]
-        if not all(good) or self.own.errors or not lines:
+        groups = variants(blocks, self.own) if all(good) and not self.own.errors else []
+        match = self.body.get("match")
+        empty = isinstance(match, SequenceNode) and not match.items
+        if (empty or blocks) and not all(groups):
+            help = "as in match: out = linear(x, W)"
+            self.own.error("E010", "the pattern has no line to match", span=self.body.key("match").span, help=help)
+        if not lines or self.own.errors:
             return []
         known = [name.text for line in lines for name in line.names]
         outputs = self._named("outputs", known)
-        found = [(group, build(group, outputs, self.own)) for group in variants(blocks, self.own)]
+        found = [(group, build(group, outputs, self.own)) for group in groups]
         for group, variant in found:
             if variant is not None:
                 self._check_whole(group, variant)

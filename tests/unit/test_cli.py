@@ -16,7 +16,7 @@ import peftc
 from peftc.cli import app, parse_sets
 from peftc.diagnostics import Diagnostic, PeftcError
 
-COMMANDS = ["apply", "merge", "sites", "plan", "rules", "check", "explain", "ops", "schema"]
+COMMANDS = ["apply", "merge", "sites", "plan", "rules", "check", "explain", "ops", "patterns", "schema"]
 HEAVY = ["torch", "transformers", "onnx", "numpy", "networkx", "pydantic"]
 
 

@@ -1,4 +1,7 @@
-"""A decoder of any depth as a program, written op by op on fake tensors: exporting thousands of nodes takes minutes."""
+"""Graphs written op by op on fake tensors: small ones for single claims, and a decoder of any depth.
+
+Exporting a model of thousands of nodes takes minutes; writing it takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peftc.ir.program import Binding, Program
 
 aten = torch.ops.aten
-
-D, FF, HEADS = 64, 128, 4
 
 
 @dataclass
@@ -44,25 +45,39 @@ class Writer:
         node.meta["nn_module_stack"] = {"module": (self.path, None)}
         return node
 
-    def linear(self, x: fx.Node, name: str, d_out: int, d_in: int) -> fx.Node:
-        weight = self.placeholder("parameter", f"{self.path}.{name}.weight", d_out, d_in)
-        return self.call(aten.linear.default, x, weight)
+    def parameter(self, name: str, *shape: int) -> fx.Node:
+        return self.placeholder("parameter", f"{self.path}.{name}" if self.path else name, *shape)
 
-    def norm(self, x: fx.Node, name: str) -> fx.Node:
-        weight = self.placeholder("parameter", f"{self.path}.{name}.weight", D)
-        mean = self.call(aten.mean.dim, self.call(aten.pow.Tensor_Scalar, x, 2), [-1], True)
-        scale = self.call(aten.rsqrt.default, self.call(aten.add.Tensor, mean, 1e-6))
-        normed = self.call(aten.to.dtype, self.call(aten.mul.Tensor, x, scale), torch.float32)
-        return self.call(aten.mul.Tensor, weight, normed)
+    def linear(self, x: fx.Node, name: str, d_out: int, d_in: int, *, bias: bool = False) -> fx.Node:
+        weight = self.parameter(f"{name}.weight", d_out, d_in)
+        return self.call(aten.linear.default, x, weight, *([self.parameter(f"{name}.bias", d_out)] if bias else []))
 
-    def heads(self, x: fx.Node) -> fx.Node:
-        return self.call(aten.transpose.int, self.call(aten.view.default, x, [2, 8, HEADS, D // HEADS]), 1, 2)
+    def program(self, *outputs: fx.Node) -> Program:
+        self.graph.output(list(outputs))
+        self.graph.lint()
+        return Program(None, fx.GraphModule({}, self.graph), self.bindings, {})  # type: ignore[arg-type]
 
-    def rotated(self, x: fx.Node, cos: fx.Node, sin: fx.Node) -> fx.Node:
-        half = D // HEADS // 2
-        low, high = self.call(aten.slice.Tensor, x, 3, 0, half), self.call(aten.slice.Tensor, x, 3, half, 2**63 - 1)
-        turned = self.call(aten.cat.default, [self.call(aten.neg.default, high), low], -1)
-        return self.call(aten.add.Tensor, self.call(aten.mul.Tensor, x, cos), self.call(aten.mul.Tensor, turned, sin))
+
+D, FF, HEADS = 64, 128, 4
+
+
+def norm(w: Writer, x: fx.Node, name: str) -> fx.Node:
+    weight = w.parameter(f"{name}.weight", D)
+    mean = w.call(aten.mean.dim, w.call(aten.pow.Tensor_Scalar, x, 2), [-1], True)
+    scale = w.call(aten.rsqrt.default, w.call(aten.add.Tensor, mean, 1e-6))
+    normed = w.call(aten.to.dtype, w.call(aten.mul.Tensor, x, scale), torch.float32)
+    return w.call(aten.mul.Tensor, weight, normed)
+
+
+def heads(w: Writer, x: fx.Node) -> fx.Node:
+    return w.call(aten.transpose.int, w.call(aten.view.default, x, [2, 8, HEADS, D // HEADS]), 1, 2)
+
+
+def rotated(w: Writer, x: fx.Node, cos: fx.Node, sin: fx.Node) -> fx.Node:
+    half = D // HEADS // 2
+    low, high = w.call(aten.slice.Tensor, x, 3, 0, half), w.call(aten.slice.Tensor, x, 3, half, 2**63 - 1)
+    turned = w.call(aten.cat.default, [w.call(aten.neg.default, high), low], -1)
+    return w.call(aten.add.Tensor, w.call(aten.mul.Tensor, x, cos), w.call(aten.mul.Tensor, turned, sin))
 
 
 def decoder(layers: int) -> Program:
@@ -72,14 +87,15 @@ def decoder(layers: int) -> Program:
     cos, sin = (w.placeholder("input", name, 1, 1, 8, D // HEADS) for name in ("cos", "sin"))
     for layer in range(layers):
         w.path = f"layers.{layer}"
-        normed = w.norm(x, "input_norm")
-        q, k, v = (w.heads(w.linear(normed, name, D, D)) for name in ("q", "k", "v"))
-        attended = w.call(aten.scaled_dot_product_attention.default, w.rotated(q, cos, sin), w.rotated(k, cos, sin), v)
+        normed = norm(w, x, "input_norm")
+        q, k, v = (heads(w, w.linear(normed, name, D, D)) for name in ("q", "k", "v"))
+        attended = w.call(
+            aten.scaled_dot_product_attention.default, rotated(w, q, cos, sin), rotated(w, k, cos, sin), v
+        )
         merged = w.call(aten.reshape.default, w.call(aten.transpose.int, attended, 1, 2), [2, 8, D])
         x = w.call(aten.add.Tensor, x, w.linear(merged, "o", D, D))
-        normed = w.norm(x, "post_norm")
+        normed = norm(w, x, "post_norm")
         gate = w.call(aten.silu.default, w.linear(normed, "gate", FF, D))
         mid = w.call(aten.mul.Tensor, gate, w.linear(normed, "up", FF, D))
         x = w.call(aten.add.Tensor, x, w.call(aten.dropout.default, w.linear(mid, "down", D, FF), 0.1, True))
-    w.graph.output([x])
-    return Program(None, fx.GraphModule({}, w.graph), w.bindings, {})  # type: ignore[arg-type]
+    return w.program(x)

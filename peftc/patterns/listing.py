@@ -1,0 +1,43 @@
+"""What `peftc patterns` lists: the patterns of the library, and the ops that patterns are written with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peftc.lang.library import load_pattern, pattern_names
+from peftc.patterns.ops import OPERATORS, PATTERN_OPS, WORDS
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line: `more` is what JSON says beside the name and the doc."""
+
+    name: str
+    doc: str
+    text: str
+    more: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "doc": self.doc, **self.more}
+
+
+def listed_patterns() -> list[Row]:
+    """The patterns of the library and of other packages. Raises `PeftcError` for one that does not load."""
+    rows: list[Row] = []
+    for name in pattern_names():
+        pattern = load_pattern(name)
+        if pattern is not None:
+            doc, taps = " ".join(pattern.doc.split()), list(pattern.taps)
+            rows.append(Row(name, doc, f"{doc} Taps: {' '.join(taps)}", {"taps": taps, "dims": list(pattern.dims)}))
+    return rows
+
+
+def listed_ops() -> list[Row]:
+    """The ops of patterns, and the words that look like ops."""
+    symbols = {name: symbol for symbol, name in OPERATORS.items()}
+    rows = [
+        Row(op.name, op.doc, op.doc, {"operands": list(op.arity), "operator": symbols.get(op.name)})
+        for op in PATTERN_OPS.values()
+    ]
+    return rows + [Row(name, doc, doc, {"operands": None, "operator": None}) for name, doc in WORDS.items()]
