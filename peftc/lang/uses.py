@@ -13,8 +13,9 @@ from peftc.lang.expr import calls_in, name_nodes
 from peftc.lang.extensions import extension_ops
 from peftc.lang.forms import expressions, needs
 from peftc.lang.ops import OPS
+from peftc.lang.reading import value
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar
-from peftc.lang.sites import TAPS
+from peftc.lang.sites import SITES, TAPS
 from peftc.lang.tree import MappingNode
 
 
@@ -35,6 +36,7 @@ class FormUse:
         """Report what does not fit; `params` are the row's own, `read_by_row` names in its other expressions."""
         if self.form.name:
             self._check_needs(params)
+        self._check_input(read_by_row)
         self._check_arguments(read_by_row)
         self._check_words()
 
@@ -49,6 +51,18 @@ class FormUse:
             for site in (site for site, taps in self.sites.items() if name in TAPS and name not in taps):
                 message = f"form `{self.form.name}` reads the tap `{name}`, which {site} has not"
                 self.collector.error("E004", message, span=span, help=f"taps: {', '.join(self.sites[site])}")
+
+    def _check_input(self, read_by_row: set[str]) -> None:
+        """E004 where the row reads x, says not what it is, and is at a pattern that has no tap `x`."""
+        read = {name for expr in expressions(self.form) for name in name_nodes(expr)} | read_by_row
+        given = self.node.get("insert")
+        if "x" not in read or "from" in self.node.entries or (given is not None and value(given) != "parallel"):
+            return
+        for site, taps in self.sites.items():
+            if site not in SITES and "x" not in taps:
+                message = f"the row reads `x`, and `{site}` has no tap of that name"
+                help = f"say with `insert` which tap it is: {', '.join(taps)}; or sequential, for h"
+                self.collector.error("E004", message, span=self.node.entries["form"][1].span, help=help)
 
     def _check_arguments(self, read_by_row: set[str]) -> None:
         """E003 for each name under `with:` that neither the form nor the row reads."""
