@@ -153,10 +153,14 @@ def _note_folds(rule: Rule, decisions: list[Decision], collector: Collector) -> 
     """W011 for each delta that does not become part of the base's weights, once for each reason."""
     for delta in rule.deltas:
         own = [d for d in decisions if not d.folds and _row(d.insertion.delta) == delta.name]
-        for result, reason in dict.fromkeys((d.result, d.reason) for d in own):
-            count = sum((d.result, d.reason) == (result, reason) for d in own)
+        groups: dict[tuple[str, str], list[Decision]] = {}
+        for decision in own:  # nodes of different layers have different numbers
+            groups.setdefault((decision.result, re.sub(r"_\d+\b", "", decision.reason)), []).append(decision)
+        for (result, _), group in groups.items():
             help = "ONNX holds it as nodes" if result == "kept" else "ONNX holds it as constants"
-            message = f"delta `{delta.name}` does not fold into weights ({_counted(count, 'site')}): {reason}"
+            message = (
+                f"delta `{delta.name}` does not fold into weights ({_counted(len(group), 'site')}): {group[0].reason}"
+            )
             collector.note("W011", message, span=delta.span, help=f"a plain checkpoint cannot hold it; {help}")
 
 

@@ -168,6 +168,12 @@ def place(diagnostic: Diagnostic) -> tuple[str, int, int]:
 _MOST_COMPARED, _MOST_LISTED, _LONGEST_NAME = 128, 40, 64
 
 
+def _nearness(name: str, other: str) -> tuple[float, bool, bool]:
+    """How alike two names are; of equally alike ones a swap of letters is nearer, then the same first letter."""
+    ratio = difflib.SequenceMatcher(None, other, name).ratio()
+    return ratio, sorted(name) == sorted(other), name[:1] == other[:1]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A help line that names the nearest known name, or lists the known ones when none is near.
 
@@ -179,7 +185,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
         alike = [other for other in names if len(other) <= 2 * _LONGEST_NAME]
         if len(alike) > _MOST_COMPARED:
             alike = sorted(alike, key=lambda other: abs(len(other) - len(name)))[:_MOST_COMPARED]
-        near = difflib.get_close_matches(name, alike, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, alike, n=3, cutoff=0.6)
+        near.sort(key=lambda other: _nearness(name, other), reverse=True)
     if near:
         return f"did you mean `{near[0]}`?"
     if len(names) > _MOST_LISTED:

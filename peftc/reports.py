@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,12 +172,12 @@ def render_deltas(console: Console, plan: Plan) -> None:
 
 
 def fold_groups(decisions: list[Decision]) -> dict[tuple[str, str, str], list[Decision]]:
-    """Decisions that say the same of the same delta, together."""
+    """Decisions that say the same of the same delta, together; nodes of different layers have different numbers."""
     groups: dict[tuple[str, str, str], list[Decision]] = {}
     for decision in decisions:
-        key = (decision.insertion.delta, decision.result, decision.reason)
+        key = (decision.insertion.delta, decision.result, re.sub(r"_\d+\b", "", decision.reason))
         groups.setdefault(key, []).append(decision)
-    return groups
+    return {(delta, result, group[0].reason): group for (delta, result, _), group in groups.items()}
 
 
 def folds_json(decisions: list[Decision]) -> list[dict[str, Any]]:
