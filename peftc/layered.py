@@ -24,7 +24,7 @@ def check_layers(rule: Rule, sites: Sequence[Site], collector: Collector) -> Non
     counts = {site.stack: int(site.dims.get("layers", 0)) for site in sites if site.layer >= 0}
     for hyper in rule.hyper.values():
         for given in hyper.layers:
-            if not any(layer_set(given.layers, count) & set(range(count)) for count in counts.values()):
+            if not any(layer_set(given.layers, count) for count in counts.values()):
                 has = ", ".join(f"the {stack} has layers 0 to {count - 1}" for stack, count in counts.items())
                 message = f"`{hyper.name}` has a value for layer {given.text}, which is no layer of the model"
                 collector.error("E053", message, span=given.span, help=has or "this model has no layers")

@@ -22,7 +22,7 @@ from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
 from peftc.lang.static import evaluate_static
 from peftc.layered import check_layers, check_shared
 from peftc.locate.walk import common_path
-from peftc.patterns.sites import find
+from peftc.patterns.sites import Found, find
 from peftc.refer import Source, referred
 from peftc.select import condition_env, nearest_miss, selected
 
@@ -114,14 +114,19 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
 
     Raises `PeftcError`: E004, E008, E009, E014, E020 to E026, E052, E053.
     """
+    own = find(program, rule.patterns.values())
     if rule.budgeted is not None:
-        return solve(rule, lambda solved: make_plan(solved, program, dtype=dtype, fresh=fresh))
+        return solve(rule, lambda solved: _planned(solved, program, own, dtype, fresh))
+    return _planned(rule, program, own, dtype, fresh)
+
+
+def _planned(rule: Rule, program: Program, own: Found, dtype: torch.dtype | None, fresh: Collection[str]) -> Plan:
+    """The plan of a rule without a budget; `own` are the sites that its own patterns find."""
     base = program.placeholders("parameter")
     sizes = _base_sizes(program)
     dtype = dtype or delta_dtype(program)
     collector = Collector()
     edits: list[Edit] = []
-    own = find(program, rule.patterns.values())
     located = (*program.sites, *own.sites)
     for delta in rule.deltas:
         sites = selected(delta, rule, located)

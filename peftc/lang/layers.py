@@ -32,7 +32,7 @@ def selector(text: str) -> Layers | None:
 
 
 def layer_set(layers: Layers | None, count: int) -> set[int]:
-    """Layer indices out of `count`."""
+    """Those of the layers 0 to `count` - 1 that are meant."""
     if layers is None:
         return set(range(count))
     if isinstance(layers, str):
@@ -42,8 +42,8 @@ def layer_set(layers: Layers | None, count: int) -> set[int]:
         if word == "last":
             return set(range(max(0, count - int(rest)), count))
         low, _, high = layers.partition("-")
-        return set(range(int(low), int(high) + 1))
-    return {index + count if index < 0 else index for index in layers}
+        return set(range(int(low), min(int(high) + 1, count)))
+    return {index + count if index < 0 else index for index in layers} & set(range(count))
 
 
 def shown_layers(layers: set[int]) -> str:
