@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -111,6 +110,8 @@ class Subject:
     batches: list[dict[str, torch.Tensor]]
     outputs: list[list[torch.Tensor]] = field(default_factory=list)
     """What the base model answers to each batch."""
+    bound: int = 0
+    """What was known of the symbolic sizes when the trace was made."""
 
     def program(self) -> Program:
         """A copy of the located program, to be changed."""
@@ -134,12 +135,33 @@ class Subject:
         return found
 
 
-@lru_cache(maxsize=32)
 def traced(name: str, head: str | None = None) -> Subject:
     """The family `name` (or the one of that role) with a head, traced with the inputs people call it with.
 
     Raises `PeftcError` E032 when the family has no such head.
     """
+    key = (ROLES.get(name, name), head)
+    if key not in _TRACED:
+        _TRACED[key] = _trace(FAMILIES[key[0]], head)
+    return _TRACED[key]
+
+
+_TRACED: dict[tuple[str, str | None], Subject] = {}
+
+
+def forget_spoilt() -> None:
+    """Forget traces whose symbolic sizes a rewrite has bound: copies share them, so later cases would see it."""
+    for key in [key for key, subject in _TRACED.items() if _bound(subject.located) != subject.bound]:
+        del _TRACED[key]
+
+
+def _bound(program: Program) -> int:
+    """How much is known of the symbolic sizes of a trace."""
+    sizes = program.fake_mode.shape_env
+    return 0 if sizes is None else len(sizes.guards) + len(sizes.replacements)
+
+
+def _trace(family: Family, head: str | None) -> Subject:
     import torch
 
     from peftc.certify import random_batches
@@ -147,13 +169,12 @@ def traced(name: str, head: str | None = None) -> Subject:
     from peftc.pipeline import analyse
     from peftc.store.heads import resolve
 
-    family = FAMILIES[ROLES.get(name, name)]
-    cls, config = resolve(family.raw_config(), f"family `{name}`", head)
+    cls, config = resolve(family.raw_config(), f"family `{family.model_type}`", head)
     skeleton = build_skeleton(cls, config, torch.float64)
     specs = default_inputs(skeleton.model)
     program = analyse(skeleton, specs)
     batches = [dict(tensors) for _, tensors in random_batches(specs, VOCABULARY)]
-    subject = Subject(family, skeleton, program, _weights(skeleton), batches)
+    subject = Subject(family, skeleton, program, _weights(skeleton), batches, bound=_bound(program))
     subject.outputs = subject.run(program, subject.state)
     return subject
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -181,7 +181,23 @@ def _write_onnx(work: _Work, fresh: Path, report: MergeReport) -> onnx.OnnxFiles
     return files
 
 
-def folded_program_state(work: _Work, program: Program, fold: Fold) -> dict[str, torch.Tensor]:
+class Tensors(Protocol):
+    """Where the unfolded model's tensors are read from."""
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+def folded_program_state(work: Tensors, program: Program, fold: Fold) -> dict[str, torch.Tensor]:
+    """`folded_state`, and the shapes of the program's nodes in step with it, as an export needs them."""
+    values = folded_state(work, program, fold)
+    for node, binding in program.bindings.items():
+        if binding.kind == "parameter":
+            program.resize(node, values[binding.name])
+    program.propagate()
+    return values
+
+
+def folded_state(work: Tensors, program: Program, fold: Fold) -> dict[str, torch.Tensor]:
     """Take folded deltas out of `program` and return every tensor it then needs: folded, kept and constant ones."""
     folded = FoldedState(work.tensor, fold.updates)
     values = {name: folded(name) for name in folded.touched}
@@ -189,12 +205,9 @@ def folded_program_state(work: _Work, program: Program, fold: Fold) -> dict[str,
     remaining = [d.insertion for d in fold.decisions if d.result in ("constant", "kept")]
     values.update(evaluate_constants(program, remaining, work.tensor))
     program.drop_unused_deltas()
-    for node, binding in program.bindings.items():
+    for binding in program.bindings.values():
         if binding.kind in ("parameter", "buffer") and binding.name not in values:
             values[binding.name] = work.tensor(binding.name)
-        if binding.kind == "parameter":
-            program.resize(node, values[binding.name])
-    program.propagate()
     return values
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from peftc.diagnostics import PeftcError, Span
-from peftc.families import Subject, traced
+from peftc.families import Subject, forget_spoilt, traced
 from peftc.lang.loader import load_rule
 from peftc.lang.rule import Case, Rule
 
@@ -83,6 +83,8 @@ def run_case(source: str, case: Case) -> Result:
         trial.run()
     except PeftcError as error:
         trial.refused(error)
+    finally:
+        forget_spoilt()
     outcomes = [finding.outcome for finding in trial.findings]
     worst = next((outcome for outcome in _WORST_FIRST if outcome in outcomes), "validated")
     return Result(source, case.label, worst, tuple(trial.findings), time.perf_counter() - start)
@@ -121,7 +123,7 @@ class _Trial:
         codes = [told.code for told in error.diagnostics]
         if self.case.error in codes:
             return
-        told = f"{first.code}: {first.message}"
+        told = f"{first.code}: {first.message}" + (f" ({first.span})" if first.span else "")
         if self.case.error is not None:
             self.tell("failed", "error", f"refused with {self.case.error}", told)
         elif first.code == "E020" and self.case.sites:
@@ -190,7 +192,7 @@ class _Trial:
         adapted: list[list[torch.Tensor]],
         tolerance: float,
     ) -> None:
-        from peftc.merge import folded_program_state
+        from peftc.merge import folded_state
         from peftc.passes.fold import Fold
 
         fold = Fold()
@@ -204,8 +206,8 @@ class _Trial:
                 self.tell("missing", f"fold.{row}", f"`{row}` is {expected}", why + reason)
         if all(decision.result == "kept" for decision in fold.decisions):
             return
-        folded = folded_program_state(_State(state), program, fold)
-        apart = distance(adapted, subject.run(program, {**state, **folded}))
+        folded = folded_state(_State(state), program, fold)
+        apart = distance(adapted, subject.run(program, folded))
         if apart > tolerance:
             expected = f"the unfolded model's outputs (within {tolerance:.0e})"
             self.tell("failed", "fold", expected, f"the folded model's differ by {apart:.2e}")

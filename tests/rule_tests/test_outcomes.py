@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from peftc.families import traced
 from peftc.lang.loader import load_rule
 from peftc.rule_tests import Result, run_tests
 
@@ -170,3 +171,14 @@ def test_trained_parameters_of_the_base_are_nudged_and_counted(tmp_path: Path) -
 def test_rule_without_tests_is_untested(tmp_path: Path) -> None:
     text = LORA.partition("tests:")[0]
     assert [result.outcome for result in results(tmp_path, text)] == ["untested"]
+
+
+def test_rule_that_fixes_the_size_of_a_batch_spoils_no_later_test(tmp_path: Path) -> None:
+    fixed = "{at: ffn, modify: out, form: 'linear(reshape(x, [3, 12, 32]), W)',"
+    fixed += " params: {W: {shape: [d_out, d_in], init: zeros}}}"
+    spoilt = traced("bert")
+    assert row(tmp_path, fixed, "fold: kept", "bert").outcome == "failed"
+    before = traced("bert")
+    assert before is not spoilt
+    assert only(tmp_path, "sites: 2, trained: 1024, fold: merged").outcome == "validated"
+    assert traced("bert") is before  # one trace serves what binds nothing
