@@ -21,7 +21,7 @@ from peftc.lang.library import SUFFIXES, find, form_names, read, shown_file
 from peftc.lang.overlay import mapping, overlay
 from peftc.lang.reading import word, words
 from peftc.lang.source import MAX_BYTES, MAX_SIZE, compose, read_text
-from peftc.lang.tree import MappingNode, Node, ScalarNode
+from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode
 
 MAX_CHAIN = 8
 """Rules above a rule."""
@@ -94,7 +94,7 @@ class _Gatherer:
         """The entries that included files add, by section; the key of each stands at the item that named the file."""
         sections: dict[str, Entries] = {}
         items = words(node)
-        if node is not None and (not items or (not isinstance(node, ScalarNode) and len(items) != len(node.items))):
+        if node is not None and (not items or (isinstance(node, SequenceNode) and len(items) != len(node.items))):
             help = "as in include: [forms/mine.yaml]"
             self.collector.error("E009", "`include` must be a list of files", span=node.span, help=help)
         for item in items:
