@@ -20,6 +20,7 @@ from peftc.diagnostics import fail
 from peftc.ir.attention import Region
 from peftc.ir.axis_names import axis_names, shown
 from peftc.ir.builder import Builder, latest
+from peftc.ir.order import make_room
 from peftc.ir.prepend import prepend
 from peftc.ir.program import Insertion, Program
 from peftc.ir.sites import Site, Tap
@@ -29,6 +30,7 @@ from peftc.lang.rule import Delta, Expr, Hyper
 from peftc.lang.shapes.named import Named, named
 from peftc.plan import Edit, Plan, input_tap
 from peftc.refer import Source
+from peftc.rewriting import rewrite_site
 
 aten = torch.ops.aten
 
@@ -42,7 +44,10 @@ class Insert:
 
     def apply(self, program: Program) -> None:
         for edit in self.plan.edits:
-            program.ledger.append(_Inserter(program, edit, self.plan.rule.hyper).insert())
+            if edit.delta.sets:
+                program.ledger.extend(rewrite_site(program, edit))
+            else:
+                program.ledger.append(_Inserter(program, edit, self.plan.rule.hyper).insert())
         program.graph.lint()
 
 
@@ -95,18 +100,18 @@ class _Inserter:
         operands = [self.tap.current(self.program), *extra]
         operands += [node for node in self.parameters.values() if node is not None]
         start = latest(self.program.graph, [*operands, *self.program.bindings])
-        self._refuse_late(start)
+        self._refuse_late(start, operands)
         return start
 
-    def _refuse_late(self, start: fx.Node) -> None:
+    def _refuse_late(self, start: fx.Node, operands: list[fx.Node]) -> None:
         """h' must be there before anything reads it."""
         readers = [self.tap.user] if self.tap.user is not None else [*self.tap.current(self.program).users]
-        if not any(reader < start for reader in readers):
+        if make_room(readers, start, operands):
             return
         for source in self.edit.sources.values():
-            if any(reader < source.tap.current(self.program) for reader in readers):
+            if not make_room(readers, source.tap.current(self.program), ()):
                 refuse_source(self.delta, source, self.edit.tap, self.edit.site)
-        self._refuse(f"it reads a value that is computed only after `{self.edit.tap}` is used")
+        self._refuse(f"it reads a value that is computed from `{self.edit.tap}`")
 
     def _lowering(self, builder: Builder, tensors: dict[str, fx.Node | None]) -> Lowering:
         env: dict[str, Any] = {**self.edit.statics, **self.parameters, **tensors}
@@ -192,6 +197,8 @@ class _Inserter:
         compose = replace(_SUM, span=self.delta.span_at("compose")) if self.compose == "add" else self.delta.compose
         after = lowering.env["gated"] if self.compose == "gate" else lowering.tensor(compose)
         after = builder.cast(after, value.dtype)
+        if after not in builder.nodes:
+            after = builder.call(aten.alias.default, after)  # a node of its own: see `Tap.write`
         shape, wanted = tuple(after.meta["val"].shape), tuple(value.shape)
         if shape != wanted:
             fail(
@@ -293,6 +300,6 @@ _SUM = Expr("h + dh", ast.parse("h + dh", mode="eval").body, exact=False)
 def refuse_source(delta: Delta, source: Source, tap: str, site: Site) -> NoReturn:
     """E024: a value of `from:` comes too late for a tap."""
     reference = source.reference
-    message = f"`{reference.text}` is computed only after `{tap}` of {site.describe()} is used"
-    help = "a row can read what the model computes before the tap: an earlier layer, or an earlier part of this one"
+    message = f"`{reference.text}` is computed from `{tap}` of {site.describe()}, which it would change"
+    help = "a row can read what does not depend on its tap: an earlier layer, or an earlier part of this one"
     fail("E024", f"delta `{delta.name}`: {message}", span=reference.span, help=help)

@@ -36,7 +36,10 @@ _LARGEST = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One delta at one tap of one site. `statics` are the sizes and numbers its expressions see."""
+    """One delta at one tap of one site, or one entry of `rewrite` at one site, whose first tap is then `tap`.
+
+    `statics` are the sizes and numbers its expressions see.
+    """
 
     delta: Delta
     site: Site
@@ -49,7 +52,8 @@ class Edit:
 
     @property
     def label(self) -> str:
-        return f"{self.delta.name}.{self.tap}" if len(self.delta.modify) > 1 else self.delta.name
+        several = len(self.delta.modify) > 1 and not self.delta.sets
+        return f"{self.delta.name}.{self.tap}" if several else self.delta.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +189,12 @@ def _edits(
     rule: Rule, delta: Delta, sites: list[Site], dtype: torch.dtype, collector: Collector, every: Sequence[Site]
 ) -> Iterable[Edit]:
     ranks = _ranks(sites)
-    for tap in delta.modify:
+    for tap in (tap for tap in delta.modify if tap not in delta.optional):
         _report_missing(delta, tap, [site for site in sites if tap not in site.taps], collector)
     for site in sites:
         sources = referred(delta, site, condition_env(site, rule), every)
-        for tap in (tap for tap in delta.modify if tap in site.taps):
+        taps = [tap for tap in delta.modify if tap in site.taps]
+        for tap in taps[:1] if delta.sets else taps:  # an entry of `rewrite` is one edit of all its taps
             statics = site_statics(rule, delta, site, tap, sources)
             edit = Edit(delta, site, tap, statics, sources=sources)
             for param in (*delta.form.params, *delta.params):
@@ -204,8 +209,8 @@ def _report_missing(delta: Delta, tap: str, sites: list[Site], collector: Collec
     reason = site.missing.get(tap, f"{site.describe()} has no tap `{tap}`")
     collector.error(
         "E004",
-        f"delta `{delta.name}` modifies `{tap}` of {site.describe()}{more}: {reason}",
-        span=delta.span_at("modify"),
+        f"delta `{delta.name}` {'sets' if delta.sets else 'modifies'} `{tap}` of {site.describe()}{more}: {reason}",
+        span=delta.span_at(f"set.{tap}" if delta.sets else "modify"),
         help=f"it has: {', '.join(site.taps)}; `where` narrows the sites",
     )
 
@@ -216,7 +221,7 @@ def site_statics(rule: Rule, delta: Delta, site: Site, tap: str, sources: Mappin
     env.update({name: value for name, value in site.dims.items() if name not in ("d_in", "d_out")})
     value = site.taps[tap]
     shape = value.canonical_shape
-    weight = tap == "weight" or (value.user is not None and len(shape) > 1)
+    weight = tap == "weight" or (value.is_parameter and len(shape) > 1)
     env["d_out"] = int(shape[0]) if weight else value.width  # pyright: ignore[reportArgumentType]
     if weight and len(shape) > 1:
         env["d_in"] = int(shape[1])  # pyright: ignore[reportArgumentType]
@@ -286,7 +291,7 @@ def _parameter(
     owner, middle = _owner(param, site, sites)
     rank = ranks[id(site)] if param.share == "site" else 0
     parts = [owner, "peftc", delta.name + (f"_{rank}" if rank else "")]
-    parts += [tap] if len(delta.modify) > 1 else []
+    parts += [tap] if len(delta.modify) > 1 and not delta.sets else []
     name = ".".join(part for part in (*parts, middle, param.name) if part)
     kind = getattr(torch, param.dtype) if param.dtype else dtype
     return DeltaParameter(name, shape, kind, _init(param, statics), param.frozen, delta.name)

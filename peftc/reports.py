@@ -157,7 +157,7 @@ def render_deltas(console: Console, plan: Plan) -> None:
         place = f"{', '.join(delta.at)}.{', '.join(delta.modify)}"
         table.add_row(
             delta.name,
-            delta.form.name or "(inline)",
+            "(rewrite)" if delta.sets else delta.form.name or "(inline)",
             place,
             str(len(plan.sites_of(delta.name))),
             f"{sum(own.values()):,}",

@@ -15,7 +15,10 @@ from peftc.ir.program import DeltaParameter, Init, Insertion, Program, is_call, 
 
 aten = torch.ops.aten
 
-_TRIVIAL = (aten.transpose.int, aten.unsqueeze.default, aten.to.dtype, aten.expand.default, aten.slice.Tensor)
+_TRIVIAL = (
+    aten.transpose.int, aten.unsqueeze.default, aten.to.dtype, aten.expand.default, aten.slice.Tensor,
+    aten.alias.default,
+)  # fmt: skip
 """Ops that are no work: a parameter seen through these alone stays the parameter."""
 
 

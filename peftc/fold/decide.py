@@ -82,7 +82,10 @@ def _kept(insertion: Insertion, reason: str, node: fx.Node | None = None) -> Dec
 def _decide(reach: Reach, insertion: Insertion) -> Decision:
     if insertion.lowering in ("concat", "gated", "prepend"):
         return _decide_constant(reach, insertion)
-    if insertion.site.taps[insertion.tap].user is not None:
+    entangled = _entangled(reach, insertion)
+    if entangled:
+        return _kept(insertion, entangled)
+    if insertion.site.taps[insertion.tap].is_parameter:
         return _decide_parameter(reach, insertion)
     kind = classify(insertion.nodes, reach.streams(insertion), reach.parameters)[insertion.after]
     if isinstance(kind, Affine):
@@ -95,6 +98,19 @@ def _decide(reach: Reach, insertion: Insertion) -> Decision:
         met = () if path is None else path.met
         return Decision(insertion, "widened", node=str(insertion.after), widening=widening, met=met)
     return _kept(insertion, f"{kind.reason}; {obstacle}" if obstacle else kind.reason, kind.culprit)
+
+
+def _entangled(reach: Reach, insertion: Insertion) -> str:
+    """What ties one tap of a rewrite to another: a fold of either would change what the other reads, or ""."""
+    if insertion.group is None:
+        return ""
+    for other in reach.program.ledger:
+        if other.group is insertion.group and other is not insertion:
+            if other.original in insertion.reads:
+                return f"it reads `{other.tap}` as it was, which the same rewrite replaces"
+            if insertion.original in other.reads:
+                return f"the same rewrite reads `{insertion.tap}` as it was for `{other.tap}`"
+    return ""
 
 
 def _decide_constant(reach: Reach, insertion: Insertion) -> Decision:

@@ -79,8 +79,8 @@ class Insertion:
     """A ledger entry: one delta at one tap of one site, as it stands in the graph.
 
     `before` is h, `after` the composed h' that took its place, both in canonical layout; `x` and `dh` are the
-    delta's input and output. `lowering` is "expression", "concat" or "gated" (attention over a prefix), or "prepend"
-    (prompt tokens).
+    delta's input and output. `lowering` is "expression", "concat" or "gated" (attention over a prefix), "prepend"
+    (prompt tokens), or "rewrite" (one tap of several that an entry of `rewrite` replaces together).
     """
 
     delta: str
@@ -96,6 +96,13 @@ class Insertion:
     written: fx.Node
     nodes: tuple[fx.Node, ...]
     parameters: tuple[str, ...]
+    group: object = None
+    """What the entries of one `rewrite` at one site have in common; they may own nodes together."""
+
+    @property
+    def reads(self) -> set[fx.Node]:
+        """What its nodes read."""
+        return {operand for node in self.nodes for operand in node.all_input_nodes}
 
 
 @dataclass(slots=True)

@@ -40,7 +40,7 @@ class Tap:
     def current(self, program: Program) -> fx.Node:
         """The node that carries the tap's value now."""
         if self.user is not None:
-            return program.replaced_at.get((self.node, self.user), self.node)
+            return program.replaced_at.get((self.node, self.user)) or program.current(self.node)
         return program.current(self.node)
 
     def read(self, program: Program, builder: Builder) -> fx.Node:
@@ -55,7 +55,10 @@ class Tap:
         return node
 
     def write(self, program: Program, builder: Builder, value: fx.Node) -> fx.Node:
-        """Make every user of the tap read `value` (canonical layout); returns the node that replaced the tap's."""
+        """Make every user of the tap read `value` (canonical layout); returns the node that replaced the tap's.
+
+        `value` must be a node of its own: one that carries another tap too would be changed with it from then on.
+        """
         old = self.current(program)
         if self.layout == "transposed":
             value = builder.call(aten.transpose.int, value, 0, 1)
@@ -74,9 +77,16 @@ class Tap:
         return value
 
     @property
+    def is_parameter(self) -> bool:
+        """Whether the value is a weight or a bias, which is replaced for its one consumer."""
+        return self.user is not None and self.node.op == "placeholder"
+
+    @property
     def width(self) -> int:
-        """The last axis of the canonical value."""
+        """The last axis of the canonical value; 0 where that is the sequence."""
         shape = shape_of(self.node)
+        if not shape or not isinstance(shape[-1], int):
+            return 0
         if self.layout == "transposed":
             return int(shape[0])
         return int(shape[-1] * (shape[-2] if self.layout == "bshd" else shape[1] if self.layout == "bhsd" else 1))
@@ -161,6 +171,8 @@ class Site:
     """Why a tap that such a site may have is not here."""
     identity: tuple[str, ...] = ()
     """What tells sites under one path apart, where their linear layers do not."""
+    series: dict[str, tuple[Tap, ...]] = field(default_factory=dict)
+    """Taps that are several values of one kind, such as the outputs of a model; `taps` holds the first."""
 
     def describe(self) -> str:
         words = [self.kind]

@@ -32,9 +32,9 @@ _ODD = (
 """Functions with f(0) = 0."""
 
 _SHAPES = (
-    aten.to.dtype, aten.transpose.int, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.flatten.using_ints, aten.unflatten.int, aten.slice.Tensor, aten.select.int, aten.expand.default,
-    aten.mean.dim, aten.sum.dim_IntList,
+    aten.to.dtype, aten.alias.default, aten.transpose.int, aten.reshape.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.flatten.using_ints, aten.unflatten.int, aten.slice.Tensor, aten.select.int,
+    aten.expand.default, aten.mean.dim, aten.sum.dim_IntList,
 )  # fmt: skip
 
 _PRODUCTS = (aten.mul.Tensor, aten.matmul.default, aten.einsum.default)
@@ -63,7 +63,7 @@ def _transfer(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
         return values.get(argument, Value.OTHER) if isinstance(argument, fx.Node) else Value.OTHER
 
     first = known(node.args[0]) if node.args else Value.OTHER
-    if is_call(node, aten.to.dtype) and first is Value.H:
+    if is_call(node, aten.to.dtype, aten.alias.default) and first is Value.H:
         return Value.H  # a cast to the delta's dtype and back: the way back is the identity on what came from below
     if is_call(node, *_ODD, *_SHAPES):
         return Value.ZERO if first is Value.ZERO else Value.OTHER

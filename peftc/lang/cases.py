@@ -39,7 +39,7 @@ class CaseReader:
     hyper: Node | None
     values: Mapping[str, Hyper]
     rows: tuple[str, ...]
-    """The names under `deltas`."""
+    """The names under `deltas` and `rewrite`."""
     row_reader: RowReader
     collector: Collector
     written: Node | None = None
@@ -171,7 +171,7 @@ class CaseReader:
                 found.append({row: value(inner) for row, (_, inner) in item.entries.items()})
             else:
                 if item is not None and not self.rows and position == 0:
-                    message = f"`{key}` of a rule without `deltas`"
+                    message = f"`{key}` of a rule without rows"
                     self.collector.error("E062", message, span=node.key(key).span, help="say `trained`, for one")
                 found.append(dict.fromkeys(self.rows, value(item)) if item is not None else {})
         return found

@@ -59,9 +59,11 @@ def _add_words(schema: dict[str, Any]) -> None:
     if case:
         case["family"] = _closed(case["family"], [*NAMES])
         case["head"] = _closed(case["head"], [*HEADS])
+    entry = schema["$defs"].get("RewriteFile", {}).get("properties", {})
     parameter = schema["$defs"].get("ParamFile", {}).get("properties", {})
     for node, key, words in (
         (row, "at", [*SITES, *pattern_names()]),
+        (entry, "at", [*SITES, *pattern_names()]),
         (row, "modify", sorted(TAPS)),
         (row, "insert", [*INSERTIONS, *sorted(TAPS)]),
         (row, "compose", ["h + dh", *COMPOSITIONS]),

@@ -62,7 +62,9 @@ def _lint_rule(tree: MappingNode, collector: Collector) -> None:
         if key.text not in used:
             help = "take it out, or name it in a row"
             collector.warn("W008", f"no row has the form `{key.text}`", span=key.span, help=help)
-    _lint_patterns(tree, rows, collector)
+    entries = [entry for _, entry in _entries(tree.get("rewrite")) if isinstance(entry, MappingNode)]
+    found += [_lint_rewrite(entry, collector) for entry in entries]
+    _lint_patterns(tree, [*rows, *entries], collector)
     if not all(reads.known for reads in found):
         return
     read = frozenset[str]().union(*(reads.names for reads in found))
@@ -99,6 +101,17 @@ def _lint_row(row: MappingNode, local: Mapping[str, MappingNode], collector: Col
     where = row.get("where")
     conditions = _names(where, "if") if isinstance(where, MappingNode) else frozenset[str]()
     return _Reads((read - given) | _values(row.get("with")) | conditions, known)
+
+
+def _lint_rewrite(entry: MappingNode, collector: Collector) -> _Reads:
+    """Warn of what an entry of `rewrite` declares and does not read; the hyperparameters it reads."""
+    read = _names(entry, "set", "let", "from") | _params(entry)
+    _lint_parts(entry, read, collector)
+    _lint_sources(entry, _names(entry, "set", "let"), collector)
+    where = entry.get("where")
+    conditions = _names(where, "if") if isinstance(where, MappingNode) else frozenset[str]()
+    given = {key.text for key, _ in _entries(entry.get("with"))}
+    return _Reads((read - given) | _values(entry.get("with")) | conditions)
 
 
 def _form_reads(row: MappingNode, form: Node | None, local: Mapping[str, MappingNode]) -> tuple[frozenset[str], bool]:

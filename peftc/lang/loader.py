@@ -26,6 +26,7 @@ from peftc.lang.library import SUFFIXES, catalogue, find, form_names, load_form,
 from peftc.lang.local_forms import local_forms
 from peftc.lang.order import ordered
 from peftc.lang.reading import Reader, word, words
+from peftc.lang.rewrites import RewriteReader
 from peftc.lang.rows import RowReader
 from peftc.lang.rule import Delta, Expr, Glob, Hyper, Rule
 from peftc.lang.schema import RuleFile, check
@@ -103,13 +104,14 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     own = local_forms(tree.get("forms"), collector)
     rows = RowReader(file, values, names, collector, kinds, written, own)
     deltas = _deltas(tree, rows)
+    deltas += _rewrites(tree, RewriteReader(file, values, names, collector, kinds, written))
     _check_sizes(deltas, values, collector)
     _check_shapes([delta for delta in deltas if delta.name in rows.sound], values, collector)
     train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
-    if not tree.get("deltas") and not train and not collector.errors:
+    if not tree.get("deltas") and not tree.get("rewrite") and not train and not collector.errors:
         help = "`deltas` adds parameters to the model, `train` names parameters it has"
         span = forms.first_token(tree)
-        collector.error("E010", "the rule has neither `deltas` nor `train`", span=span, help=help)
+        collector.error("E010", "the rule has neither `deltas` nor `rewrite` nor `train`", span=span, help=help)
     cases = CaseReader(tree.get("hyper"), values, tuple(written), rows, collector, tests).cases(tree.get("tests"))
     collector.raise_if_errors()
     self_contained = written_in(tree, [delta.form.name for delta in deltas], kinds.used)
@@ -158,13 +160,27 @@ def _deltas(tree: MappingNode, reader: RowReader) -> tuple[Delta, ...]:
     return tuple(found)
 
 
+def _rewrites(tree: MappingNode, reader: RewriteReader) -> tuple[Delta, ...]:
+    """The entries of `rewrite:`, as rows; E023 for a name that a row of `deltas` has."""
+    entries, rows = tree.get("rewrite"), tree.get("deltas")
+    found: list[Delta] = []
+    for key, node in entries.entries.values() if isinstance(entries, MappingNode) else ():
+        if isinstance(rows, MappingNode) and key.text in rows.entries:
+            message, help = f"`{key.text}` already names a row of `deltas`", "choose another name"
+            reader.collector.error("E023", message, span=key.span, help=help)
+        delta = reader.entry(key, node) if isinstance(node, MappingNode) else None
+        if delta is not None:
+            found.append(delta)
+    return tuple(found)
+
+
 def _written_params(tree: MappingNode) -> dict[str, frozenset[str]]:
-    """The names under `params:` of each row."""
-    rows = tree.get("deltas")
+    """The names under `params:` of each row and each entry of `rewrite`."""
     found: dict[str, frozenset[str]] = {}
-    for name, (_, row) in rows.entries.items() if isinstance(rows, MappingNode) else ():
-        params = row.get("params") if isinstance(row, MappingNode) else None
-        found[name] = frozenset(params.entries) if isinstance(params, MappingNode) else frozenset()
+    for rows in (tree.get("deltas"), tree.get("rewrite")):
+        for name, (_, row) in rows.entries.items() if isinstance(rows, MappingNode) else ():
+            params = row.get("params") if isinstance(row, MappingNode) else None
+            found[name] = frozenset(params.entries) if isinstance(params, MappingNode) else frozenset()
     return found
 
 

@@ -50,7 +50,7 @@ class RowReader:
         at, taps = self._sites(node), self._taps(node)
         arguments = self._arguments(node)
         form = self._form(node, arguments, self.written.get(key.text, frozenset()))
-        reader = self._reader({**(form.args if form else {}), **_values(arguments)})
+        reader = self._reader({**(form.args if form else {}), **values_of(arguments)})
         scope = self._scope(node, form, arguments)
         taken = dict.fromkeys(self.declared, "a hyperparameter")
         taken |= {param.name: "a parameter of the form" for param in form.params} if form else {}
@@ -65,7 +65,7 @@ class RowReader:
         if form is None or compose is None:
             return None
         use = FormUse(node, form, arguments, self.hypers, self._names(node), self.collector, self.kinds.of(node))
-        use.check({*_keys(node, "params"), *_keys(node, "from")}, _read_by_row(params, lets, compose))
+        use.check({*keys_in(node, "params"), *keys_in(node, "from")}, _read_by_row(params, lets, compose))
         delta = Delta(
             key.text,
             at,
@@ -78,9 +78,9 @@ class RowReader:
             params,
             lets,
             word(node.get("lower")),
-            _whole(node.get("expect")),
+            whole(node.get("expect")),
             key.span,
-            _spans(node),
+            spans_of(node),
             sources=self._sources(node),
         )
         check_composition(delta, self.collector)
@@ -96,14 +96,14 @@ class RowReader:
     def _scope(self, node: MappingNode, form: Form | None, arguments: Mapping[str, object]) -> Scope:
         static = {*self._names(node), *arguments, *(form.args if form else ())}
         params = {*(param.name for param in form.params)} if form else set[str]()
-        tensors = params | {*_keys(node, "params"), *_keys(node, "from")}
+        tensors = params | {*keys_in(node, "params"), *keys_in(node, "from")}
         return form_scope(static, tensors, self.kinds.common_taps(node), loose=form is None)
 
     def _source_names(self, node: MappingNode, reader: Reader, taken: Mapping[str, str]) -> dict[str, str]:
         """E023 for each name under `from:` that means something else; all names, described."""
         taps = dict.fromkeys(self.kinds.common_taps(node), "a tap of the site")
         reader.fresh(node.get("from"), "a name under `from`", {**taps, **taken})
-        return {**taken, **dict.fromkeys(_keys(node, "from"), "a name under `from`")}
+        return {**taken, **dict.fromkeys(keys_in(node, "from"), "a name under `from`")}
 
     def _sources(self, node: MappingNode) -> dict[str, Reference]:
         """The references under `from:`; E024 where both a single one and `insert` say what x is."""
@@ -179,9 +179,9 @@ class RowReader:
         name = word(given)
         if not isinstance(given, ScalarNode):
             return None
-        tensors = [*_keys(node, "params"), *_keys(node, "from")]
+        tensors = [*keys_in(node, "params"), *keys_in(node, "from")]
         if name is None or not _BARE.fullmatch(name) or name in tensors:
-            reader = self._reader(_values(arguments))
+            reader = self._reader(values_of(arguments))
             scope = form_scope({*self._names(node), *arguments}, tensors, self.kinds.common_taps(node))
             dh = reader.expr(given)
             reader.names(dh, scope)
@@ -196,7 +196,7 @@ class RowReader:
             return None
         if name not in form_names():
             known = [*self.forms, *form_names()]
-            tensor = name in {"x", "h", *self.kinds.common_taps(node), *_keys(node, "let")}
+            tensor = name in {"x", "h", *self.kinds.common_taps(node), *keys_in(node, "let")}
             help = f"as an expression: identity({name})" if tensor else did_you_mean(name, known)
             self.collector.error("E006", f"unknown form `{shown(name)}`", span=given.span, help=help)
             self.collector.extend_once(catalogue("forms").problems)
@@ -209,8 +209,8 @@ class RowReader:
 
     def _inline(self, node: MappingNode, given: MappingNode, arguments: Mapping[str, Scalar | Expr]) -> Form:
         args = {name: value(item) for name, item in _items(given, "args")}
-        reader = self._reader({**args, **_values(arguments)})
-        params = [*_keys(node, "params"), *_keys(given, "params"), *_keys(node, "from")]
+        reader = self._reader({**args, **values_of(arguments)})
+        params = [*keys_in(node, "params"), *keys_in(given, "params"), *keys_in(node, "from")]
         scope = form_scope({*self._names(node), *arguments, *args}, params, self.kinds.common_taps(node))
         taken = dict.fromkeys(self.declared - args.keys(), "a hyperparameter")
         return read_form(given, reader, scope, name="", file=self.file, key="expr", taken=taken)
@@ -248,10 +248,10 @@ class RowReader:
 
     def _layers(self, node: Node | None) -> tuple[int, ...] | str | None:
         if isinstance(node, SequenceNode):
-            return tuple(layer for item in node.items if (layer := _whole(item)) is not None)
+            return tuple(layer for item in node.items if (layer := whole(item)) is not None)
         text = word(node)
         if text is None:
-            layer = _whole(node)
+            layer = whole(node)
             return None if layer is None else (layer,)
         layers = selector(text)
         if layers is None and node is not None:
@@ -264,7 +264,7 @@ def _read_by_row(params: tuple[Param, ...], lets: Mapping[str, Expr], compose: E
     return {name for expr in (*exprs, *lets.values(), compose) for name in name_nodes(expr)}
 
 
-def _values(arguments: Mapping[str, Scalar | Expr]) -> dict[str, Scalar]:
+def values_of(arguments: Mapping[str, Scalar | Expr]) -> dict[str, Scalar]:
     return {name: given for name, given in arguments.items() if not isinstance(given, Expr)}
 
 
@@ -273,16 +273,16 @@ def _items(node: MappingNode, key: str) -> list[tuple[str, Node]]:
     return [(name, item) for name, (_, item) in found.entries.items()] if isinstance(found, MappingNode) else []
 
 
-def _keys(node: MappingNode, key: str) -> list[str]:
+def keys_in(node: MappingNode, key: str) -> list[str]:
     return [name for name, _ in _items(node, key)]
 
 
-def _whole(node: Node | None) -> int | None:
+def whole(node: Node | None) -> int | None:
     found = value(node)
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-def _spans(node: MappingNode) -> dict[str, Span]:
+def spans_of(node: MappingNode) -> dict[str, Span]:
     """The place of each value of a row; those under `with:` as `with.<name>`."""
     found = {name: item.span for name, (_, item) in node.entries.items()}
     return found | {f"with.{name}": item.span for name, item in _items(node, "with")}

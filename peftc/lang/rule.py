@@ -186,6 +186,10 @@ class Delta:
     """The place of each key's value in the row (`at`, `modify`, `insert`, `form`, `compose`, ...)."""
     sources: dict[str, Reference] = field(default_factory=dict)
     """The row's `from:`, by the name that its expressions read; `x` where the delta's input itself is elsewhere."""
+    sets: dict[str, Expr] = field(default_factory=dict)
+    """An entry of `rewrite:`: what becomes of each tap of `modify`. Its `form` is empty and `compose` is not read."""
+    optional: frozenset[str] = frozenset()
+    """Taps of `sets` that a site may lack."""
 
     def span_at(self, key: str) -> Span | None:
         return self.spans.get(key, self.span)

@@ -24,6 +24,7 @@ Expression = Annotated[Value, Field(description="an expression")]
 Word = Annotated[str, Field(min_length=1)]
 Words = Word | list[Word]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
+SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\??$", max_length=64)]
 Stack = Literal["encoder", "decoder"]
 Kind = Literal["self", "cross"]
 Role = Literal["q", "k", "v", "qkv", "o", "up", "gate", "gate_up", "down", "other"]
@@ -224,6 +225,23 @@ class PatternFile(PatternBody):
     name: Word = Field(description="the pattern's name, the word for `at:`; that of its file")
 
 
+class RewriteFile(_Model):
+    """Several taps of a site replaced at once."""
+
+    at: Words = Field(description="which sites of the model: " + ", ".join(SITES) + ", or a pattern's name")
+    sets: dict[SetName, Expression] = Field(
+        alias="set",
+        description="what becomes of each tap: an expression over the site's taps as they were, h being this one;"
+        " `tap?` where a site may lack it",
+    )
+    sources: dict[Name, Word] | None = Field(None, alias="from", description=_FROM)
+    arguments: dict[Name, Value | None] = Field({}, alias="with", description="numbers by name")
+    where: WhereFile | None = Field(None, description="narrows the sites that `at` names")
+    params: dict[Name, ParamFile] = Field({}, description="the tensors of the rewrite, by name")
+    let: dict[Name, Expression] = Field({}, description=_LET)
+    expect: Annotated[int, Field(ge=0)] | None = Field(None, description="how many sites the entry must match")
+
+
 class RuleFile(_Model):
     """A rule file."""
 
@@ -239,6 +257,9 @@ class RuleFile(_Model):
     forms: dict[Name, FormBody] = Field({}, description="the rule's own forms, by the name that rows give them")
     patterns: dict[Name, PatternBody] = Field({}, description="kinds of sites of the rule's own, words for `at`")
     deltas: dict[Name, DeltaFile] = Field({}, description="the rows of the table, by name")
+    rewrite: dict[Name, RewriteFile] = Field(
+        {}, description="sites of which several taps are replaced at once, by name"
+    )
     train: Words = Field([], description="globs over the base's parameters that are trained as they are")
     tests: dict[Name, CaseFile] = Field({}, description="what must hold of the rule on built-in tiny models, by name")
 
@@ -288,6 +309,7 @@ def _belongs(key: str) -> str | None:
         return "merge keys are not part of YAML 1.2: write the keys out"
     for model, place in (
         (DeltaFile, "in a row of `deltas`"),
+        (RewriteFile, "in an entry of `rewrite`"),
         (WhereFile, "under `where` of a row"),
         (ParamFile, "in a parameter"),
         (InlineForm, "under `form` of a row"),
@@ -312,7 +334,7 @@ def _told(model: type[BaseModel], path: Path) -> str | None:
 
 def _is_model(path: Path) -> bool:
     """Whether the mapping at `path` has the keys of a model, and not names of the user's."""
-    names = ("params", "deltas", "hyper", "forms", "let", "args", "with", "from", "tests", "map")
+    names = ("params", "deltas", "rewrite", "hyper", "forms", "let", "args", "with", "from", "set", "tests", "map")
     names += ("patterns", "taps", "shapes", "layers")
     return not path or path[-1] not in names
 
@@ -321,8 +343,8 @@ def _model_at(root: type[BaseModel], path: Path) -> type[BaseModel]:
     """The model of the mapping at `path`."""
     by_key = {"where": WhereFile, "not": WhereFile, "form": InlineForm, "attend": AttendFile, "same_as": SameAsFile}
     by_parent = {
-        "params": ParamFile, "deltas": DeltaFile, "hyper": HyperFile, "forms": FormBody, "tests": CaseFile,
-        "patterns": PatternBody,
+        "params": ParamFile, "deltas": DeltaFile, "rewrite": RewriteFile, "hyper": HyperFile, "forms": FormBody,
+        "tests": CaseFile, "patterns": PatternBody,
     }  # fmt: skip
     parent, last = ("", "", *path)[-2:]
     if parent in by_parent:

@@ -248,6 +248,8 @@ def _syntax_help(problem: str) -> str | None:
         return "indent keys of one mapping alike"
     if "end of stream" in problem:
         return "this quote is never closed"
+    if "got '?'" in problem:
+        return "inside `{ }`, quote a key that ends in a question mark"
     if "',' or" in problem:
         return "close each `{` and `[`, and put a comma between entries"
     return None

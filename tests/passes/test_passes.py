@@ -135,9 +135,16 @@ def test_a_parameter_or_an_op_that_bears_a_taps_name_is_not_the_tap(bert, rule):
 
 
 def test_a_delta_that_reads_what_comes_after_its_tap_is_refused(bert, rule):
-    form = "{expr: 'linear(v, W)', params: {W: {shape: [d_out, d_out], init: zeros}}}"
-    with pytest.raises(PeftcError, match="only after `q` is used"):
+    form = "{expr: 'linear(concat, W)', params: {W: {shape: [d_out, d_out], init: zeros}}}"
+    with pytest.raises(PeftcError, match="a value that is computed from `q`"):
         rewrite(bert, rule(f"{{at: attention, modify: q, insert: sequential, form: {form}}}"))
+
+
+def test_a_delta_may_read_what_the_trace_happens_to_compute_later(bert, rule):
+    form = "{expr: 'linear(v, W)', params: {W: {shape: [d_out, d_out], init: zeros}}}"
+    rewrite(bert, rule(f"{{at: attention, modify: q, insert: sequential, form: {form}}}"))
+    assert all(starts_as_identity(bert, entry) for entry in bert.ledger)
+    bert.propagate()
 
 
 def test_a_prompt_longer_than_the_models_positions_is_refused(rule):

@@ -129,13 +129,13 @@ def test_what_is_no_input_of_the_layer_is_kept_with_that_reason(bert: Path) -> N
     assert folded.reasons == {"its input is not that of `dense`, so it is no change of that weight"}
 
 
-LATE = "is computed only after `out` of block encoder.layer.0 is used"
+LATE = "is computed from `out` of block encoder.layer.0, which it would change"
 WRONG: dict[str, tuple[str, str, str, str]] = {
     "late": ('{at: block, modify: out, from: "block[1].out", form: low_rank, where: {layers: [0]}}',
              "E024", "block[1].out", LATE),
     "late for a weight": ('{at: linear, modify: weight, from: {z: "block[-1].out"}, where: {role: q},'
                           ' form: "mean(mean(z, dim=1), dim=0) * mean(h)"}',
-                          "E024", "block[-1].out", "is computed only after"),
+                          "E024", "block[-1].out", "is computed from `weight` of linear"),
     "no layer before the first": ('{at: block, modify: out, from: "block[layer - 1].out", form: low_rank}',
                                   "E026", "block[layer - 1].out", "is layer -1 of the encoder"),
     "beyond the last layer": ('{at: block, modify: out, from: "block[7].out", form: low_rank}',

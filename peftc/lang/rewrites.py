@@ -1,0 +1,74 @@
+"""Entries of `rewrite:`: several taps of a site, replaced at once.
+
+    rewrite:
+      exchange: {at: attention, set: {q: k, k: q}}
+      skip:     {at: block, where: {layers: [3]}, set: {out: x}}
+
+Every expression reads the taps as they were: neither of the two above sees what the other has put in place. `h` is
+the tap that an expression replaces, so that one of the name of a dimension (`heads`) can be read as well. A tap that
+the site computes after another one of the entry (`out` after `x`) is what the site makes of the new one.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+
+from peftc.lang.reading import Scope
+from peftc.lang.rows import RowReader, keys_in, spans_of, values_of, whole
+from peftc.lang.rule import Delta, Expr, Form
+from peftc.lang.sites import DIMS
+from peftc.lang.tree import MappingNode, ScalarNode
+
+
+@dataclass(slots=True)
+class RewriteReader(RowReader):
+    """Reads the entries of `rewrite:` of one rule file."""
+
+    def entry(self, key: ScalarNode, node: MappingNode) -> Delta | None:
+        """The entry as a row with `sets`; None after an error that leaves no entry."""
+        at, arguments, taps = self._sites(node), self._arguments(node), self.kinds.common_taps(node)
+        reader = self._reader(values_of(arguments))
+        taken = {**dict.fromkeys(taps, "a tap of the site"), **dict.fromkeys(self.declared, "a hyperparameter")}
+        taken = self._source_names(node, reader, taken)
+        taken = reader.fresh(node.get("params"), "a parameter of the entry", taken)
+        reader.fresh(node.get("let"), "a `let` of the entry", taken)
+        static = frozenset({*self._names(node), *arguments, *DIMS})
+        tensors = {*keys_in(node, "params"), *keys_in(node, "from"), *(taps - static)}
+        scope = Scope(static, frozenset(tensors))
+        params = reader.params(node.get("params"), scope)
+        lets, scope = reader.lets(node.get("let"), scope)
+        sets: dict[str, Expr] = {}
+        optional: set[str] = set()
+        spans = spans_of(node)
+        for name, place, item in self._set(node):
+            expr = reader.expr(item)
+            reader.names(expr, scope.with_tensors("h"))
+            if name in sets:
+                message = f"`{name}` is set twice"
+                self.collector.error("E023", message, span=place.span, help="set it once")
+            if expr is not None:
+                sets[name] = expr
+            spans[f"set.{name}"] = place.span
+            optional |= {name} if place.text.endswith("?") else set()
+        compose = Expr("h", ast.Name("h"), key.span, exact=False)
+        return Delta(
+            key.text, at, tuple(sets), "parallel", Form(""), compose, arguments, self.where(node.get("where")),
+            params, lets, None, whole(node.get("expect")), key.span, spans,
+            sources=self._sources(node), sets=sets, optional=frozenset(optional),
+        )  # fmt: skip
+
+    def _set(self, node: MappingNode) -> list[tuple[str, ScalarNode, ScalarNode]]:
+        """The taps under `set:` that are taps of every site, with the places of their names, and the expressions."""
+        given = node.get("set")
+        found: list[tuple[str, ScalarNode, ScalarNode]] = []
+        if isinstance(given, MappingNode) and not given.entries:
+            message, help = "an empty mapping, where a tap is expected", "as in set: {out: x}"
+            self.collector.error("E009", message, span=given.span, help=help)
+        for place, item in given.entries.values() if isinstance(given, MappingNode) else ():
+            name = place.text.removesuffix("?")
+            self._tap(node, ScalarNode(name, name, place.span, place.start, place.end, place.exact), ())
+            known = all(name in taps for taps in self.kinds.of(node).values())
+            if known and isinstance(item, ScalarNode):
+                found.append((name, place, item))
+        return found
