@@ -19,7 +19,7 @@ from peftc.diagnostics import Collector, Diagnostic, PeftcError, place
 
 if TYPE_CHECKING:
     from peftc.fold.decide import Decision
-    from peftc.ir.program import Program
+    from peftc.ir.program import Insertion, Program
     from peftc.lang.rule import Delta, Rule
     from peftc.plan import Plan
 
@@ -158,9 +158,8 @@ def _note_folds(rule: Rule, decisions: list[Decision], collector: Collector) -> 
             groups.setdefault((decision.result, re.sub(r"_\d+\b", "", decision.reason)), []).append(decision)
         for (result, _), group in groups.items():
             help = "ONNX holds it as nodes" if result == "kept" else "ONNX holds it as constants"
-            message = (
-                f"delta `{delta.name}` does not fold into weights ({_counted(len(group), 'site')}): {group[0].reason}"
-            )
+            count = _counted(len({id(decision.insertion.site) for decision in group}), "site")
+            message = f"delta `{delta.name}` does not fold into weights ({count}): {group[0].reason}"
             collector.note("W011", message, span=delta.span, help=f"a plain checkpoint cannot hold it; {help}")
 
 
@@ -169,15 +168,16 @@ def _note_starts(rule: Rule, program: Program, collector: Collector) -> None:
     from peftc.ir.zero import starts_as_identity
 
     moving = [entry for entry in program.ledger if not starts_as_identity(program, entry)]
-    for delta, count in _by_row(rule, [entry.delta for entry in moving]):
+    for delta, count in _by_row(rule, moving):
         message = f"delta `{delta.name}` is not zero at its initial values ({_counted(count, 'site')})"
         help = "the model starts with other outputs than the base; `init: zeros` of a last factor prevents it"
         collector.note("W012", message, span=delta.span, help=help)
 
 
-def _by_row(rule: Rule, labels: list[str]) -> Iterator[tuple[Delta, int]]:
+def _by_row(rule: Rule, entries: list[Insertion]) -> Iterator[tuple[Delta, int]]:
+    """The rows that have entries, each with the number of their sites."""
     for delta in rule.deltas:
-        count = sum(_row(label) == delta.name for label in labels)
+        count = len({id(entry.site) for entry in entries if _row(entry.delta) == delta.name})
         if count:
             yield delta, count
 

@@ -154,7 +154,9 @@ def render_deltas(console: Console, plan: Plan) -> None:
     table = Table("delta", "form", "at", "sites", "parameters", box=None, pad_edge=False)
     for delta in plan.rule.deltas:
         own = {p.name: p.numel for e in plan.edits if e.delta is delta for p in e.parameters.values() if p is not None}
-        place = f"{', '.join(delta.at)}.{', '.join(delta.modify)}"
+        sites = plan.sites_of(delta.name)
+        modified = [tap for tap in delta.modify if not sites or any(tap in site.taps for site in sites)]
+        place = f"{', '.join(delta.at)}.{', '.join(modified)}"
         table.add_row(
             delta.name,
             "(rewrite)" if delta.sets else delta.form.name or "(inline)",

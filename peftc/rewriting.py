@@ -52,6 +52,8 @@ class _Rewriter:
         self.inputs: dict[str, fx.Node] = {}
         """What expressions read by the names of taps and of `from`."""
         self.lets: dict[str, fx.Node | Any] = {}
+        self.resized: Expr | None = None
+        """What has changed a length, while the shapes after it are yet to be computed."""
 
     def rewrite(self) -> list[Insertion]:
         order = {node: index for index, node in enumerate(self.program.graph.nodes)}
@@ -62,7 +64,9 @@ class _Rewriter:
         ]
         places.sort(key=lambda place: place[0])
         self._read([(name, index, tap) for _, name, index, tap in places])
-        return [self._set(name, index, tap) for _, name, index, tap in places]
+        entries = [self._set(name, index, tap) for _, name, index, tap in places]
+        self._propagate()
+        return entries
 
     def _read(self, written: list[tuple[str, int, Tap]]) -> None:
         """Read every tap that is written or named, before any of them is replaced."""
@@ -96,6 +100,8 @@ class _Rewriter:
 
     def _set(self, name: str, index: int, tap: Tap) -> Insertion:
         before, expr = self.raw[name, index], self.delta.sets[name]
+        if before.op != "placeholder":
+            self._propagate()  # inputs change together: a mask does not fit longer ids
         own = {**self.inputs, "h": self._cast(before)}
         if name in own:
             own[name] = own["h"]
@@ -116,8 +122,7 @@ class _Rewriter:
         original = tap.current(self.program)
         longer = shape_of(after) != shape_of(before)
         written = tap.write(self.program, self.builder, after)
-        if longer:
-            self._propagate(expr)
+        self.resized = expr if longer else self.resized
         return self._entry(name, before, after, original, written, read)
 
     def _needed(self, expr: Expr) -> list[str]:
@@ -181,7 +186,11 @@ class _Rewriter:
         message = f"`{self.delta.name}` reads `{name}` of {self.site.describe()}: {reason}"
         fail("E004", message, span=_place(expr, [name]), help=f"it has: {', '.join(self.site.taps)}")
 
-    def _propagate(self, expr: Expr) -> None:
+    def _propagate(self) -> None:
+        """Compute the shapes after what has changed its length."""
+        expr, self.resized = self.resized, None
+        if expr is None:
+            return
         try:
             self.program.propagate()
         except RuntimeError as error:  # a table of positions that ends, say

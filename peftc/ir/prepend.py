@@ -41,7 +41,8 @@ def prepend(program: Program, builder: Builder, embeddings: fx.Node, rows: fx.No
 
 def _has_axis(node: fx.Node, axis: Any) -> bool:
     value = node.meta["val"]
-    return value.dim() == 2 and bool(value.shape[1].node.expr == axis.node.expr)
+    size = value.shape[1] if value.dim() == 2 else 0
+    return not isinstance(size, int) and size.node.hint == axis.node.hint  # each input has symbols of its own
 
 
 def _lengthen(builder: Builder, name: str, node: fx.Node, length: int) -> None:

@@ -89,6 +89,8 @@ class Lowering:
                 return self._binary(node, op, self._visit(left), self._visit(right))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 value = self._visit(operand)
+                if is_size(value):
+                    return self._call(node, operator.neg, value)
                 return self._call(node, aten.neg.default, value) if isinstance(value, fx.Node) else -value
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 return not self._static(operand)
@@ -127,6 +129,11 @@ class Lowering:
             )
         return value
 
+    def _bound(self, node: ast.expr) -> Any:
+        """A number, or the size of an axis that is known when the graph runs."""
+        value = self._visit(node)
+        return value if is_size(value) else self._static(node)
+
     def _compare(self, left: ast.expr, ops: list[ast.cmpop], comparators: list[ast.expr]) -> bool:
         first = self._static(left)
         for op, comparator in zip(ops, comparators, strict=True):
@@ -138,6 +145,10 @@ class Lowering:
 
     def _binary(self, node: ast.expr, op: ast.operator, left: Value, right: Value) -> Value:
         static, target = _BINARY[type(op)]
+        if all(is_size(value) or isinstance(value, int) for value in (left, right)) and (
+            is_size(left) or is_size(right)
+        ):
+            return self._call(node, static, left, right)
         if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
             if isinstance(op, ast.Pow) and isinstance(right, (int, float)) and abs(right) > MAX_EXPONENT:
                 fail("E017", f"the exponent {right} is beyond {MAX_EXPONENT}", span=self._span(node))
@@ -162,8 +173,8 @@ class Lowering:
         axis = 0
         for item in items:
             if isinstance(item, ast.Slice):
-                start = self._static(item.lower) if item.lower else 0
-                stop = self._static(item.upper) if item.upper else 2**63 - 1
+                start = self._bound(item.lower) if item.lower else 0
+                stop = self._bound(item.upper) if item.upper else 2**63 - 1
                 if (start, stop) != (0, 2**63 - 1):
                     value = self._call(node, aten.slice.Tensor, value, axis, start, stop)
                 axis += 1
@@ -199,7 +210,7 @@ class Lowering:
                 "E013",
                 f"`{ast.unparse(node)}` does not fit at {self.place}: {self._told(told)}",
                 span=self._span(node),
-                help=_hint(node, told) or self._readable(reason[0])[:200],
+                help=_hint(node, [pair for pair in told if not is_size(pair[1])]) or self._readable(reason[0])[:200],
             )
 
     def _readable(self, reason: str) -> str:
@@ -215,8 +226,15 @@ class Lowering:
     def _described(self, part: ast.expr, value: Value, named: Named | None) -> str:
         if value is None:
             return "None (a parameter whose `if` is false)"
+        if is_size(value):
+            return str(value.meta["val"])
         sizes = shown(value.meta["val"].shape, axis_names(self.builder.program))
         return f"[{', '.join(sizes)}]" if named is None else named.shape(sizes, self._expr, part)
+
+
+def is_size(value: Value) -> bool:
+    """Whether a value is the size of an axis that is known only when the graph runs, such as the batch."""
+    return isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.SymInt)
 
 
 def _hint(node: ast.expr, operands: list[tuple[ast.expr, Value]]) -> str | None:

@@ -40,6 +40,8 @@ OP_SHAPES: dict[str, str] = {
     "merge_heads": "[.., h, s, d] -> [.., s, h * d]",
     "gather": "[.., n], [k] -> [.., k]",
     "scatter": "[k], [k], [k] -> [m, n]",
+    "size": "[.., n] -> n",
+    "full": "[m, n] of the sizes given",
     "eye": "n -> [n, n]",
     "range": "n -> [n]",
     "diag": "[.., n] -> [.., n, n]",

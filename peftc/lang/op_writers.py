@@ -6,6 +6,7 @@ A writer takes the builder and the op's arguments, nodes or static values, and g
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -44,13 +45,31 @@ def _arange(builder: Builder, size: int) -> fx.Node:
     return builder.call(aten.arange.default, size, dtype=torch.int64, device=_device(builder))
 
 
-def _ones(builder: Builder, size: int) -> fx.Node:
-    """In the dtype and on the device that a parameter of the delta has when the graph runs, or is folded."""
+def _parameter(builder: Builder) -> fx.Node | None:
+    """A parameter of the delta: what is made in the graph has its dtype and device when that runs, or is folded."""
     delta = builder.label.partition(".")[0]
     own = [name for name, parameter in builder.program.delta_parameters.items() if parameter.delta == delta]
-    if not own:
+    return builder.program.placeholders("parameter")[own[0]] if own else None
+
+
+def _ones(builder: Builder, size: int) -> fx.Node:
+    like = _parameter(builder)
+    if like is None:
         return builder.call(aten.ones.default, [size], device=_device(builder))
-    return builder.call(aten.new_ones.default, builder.program.placeholders("parameter")[own[0]], [size])
+    return builder.call(aten.new_ones.default, like, [size])
+
+
+def _full(builder: Builder, sizes: list[Value], number: float, like: fx.Node | None = None) -> fx.Node:
+    like = _parameter(builder) if like is None else like
+    if like is None:
+        return builder.call(aten.full.default, sizes, float(number), device=_device(builder))
+    return builder.call(aten.new_full.default, like, sizes, number)
+
+
+def _concat(builder: Builder, *parts: fx.Node, dim: int = -1) -> fx.Node:
+    """Whole numbers joined to others become what the others are; said in the graph, for ONNX joins only equal types."""
+    dtype = functools.reduce(torch.promote_types, (part.meta["val"].dtype for part in parts))
+    return builder.call(aten.cat.default, [builder.cast(part, dtype) for part in parts], dim)
 
 
 def _eye(builder: Builder, size: int) -> fx.Node:
@@ -229,12 +248,14 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "repeat": lambda b, x, counts: b.call(aten.repeat.default, x, counts),
     "roll": lambda b, x, shift, dim=-1: b.call(aten.roll.default, x, [shift], [dim]),
     "flip": lambda b, x, dim=-1: b.call(aten.flip.default, x, [dim]),
-    "concat": lambda b, *xs, dim=-1: b.call(aten.cat.default, list(xs), dim),
+    "concat": _concat,
     "stack": lambda b, *xs, dim=0: b.call(aten.stack.default, list(xs), dim),
     "split_heads": _split_heads,
     "merge_heads": _merge_heads,
     "gather": _gather,
     "scatter": _scatter,
+    "size": lambda b, x, axis: b.size(x, axis),
+    "full": _full,
     "eye": _eye,
     "range": _range,
     "diag": lambda b, x: b.call(aten.diag_embed.default, x),

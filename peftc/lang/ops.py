@@ -51,6 +51,13 @@ _TABLE = (
     Op("merge_heads", (1, 1), "[B, heads, S, head_dim] to [B, S, heads * head_dim]"),
     Op("gather", (2, 2), "entries of the last axis, or dim: gather(x, [0, 2]); the index may be a vector", ("dim",)),
     Op("scatter", (4, 4), "scatter(v, rows, columns, [m, n]): zeros with v[k] added at rows[k], columns[k]"),
+    Op("size", (2, 2), "the size of an axis, in a tensor's axes counted from 0: size(ids, 0) is the batch"),
+    Op(
+        "full",
+        (2, 2),
+        "full([m, n], c): all equal to the number c; in the type of another tensor with like=ids",
+        ("like",),
+    ),
     Op("eye", (1, 1), "the n by n identity matrix"),
     Op("range", (1, 1), "the numbers 0 to n - 1"),
     Op("diag", (1, 1), "the diagonal matrix of a vector, [.., n] to [.., n, n]"),

@@ -158,15 +158,26 @@ def tensors_in_static_places(expr: Expr, tensors: Collection[str]) -> Iterator[a
             if isinstance(part, ast.Name) and part.id in tensors:
                 yield part
             elif isinstance(part, (ast.Slice, ast.Tuple)):
-                yield from (n for n in ast.walk(part) if isinstance(n, ast.Name) and n.id in tensors)
+                yield from (n for n in outside_sizes(part) if isinstance(n, ast.Name) and n.id in tensors)
 
 
 def is_static(expr: Expr, scope: Scope) -> bool:
-    """Whether `expr` calls no op and names no tensor."""
-    plain = (ast.Call, ast.Attribute, ast.Subscript)
-    if any(isinstance(node, plain) for node in ast.walk(expr.tree)):
+    """Whether `expr` calls no op and names no tensor, but for the size of one."""
+    nodes = list(outside_sizes(expr.tree))
+    if any(isinstance(node, (ast.Call, ast.Attribute, ast.Subscript)) for node in nodes):
         return False
-    return name_nodes(expr).keys() <= scope.static
+    return {node.id for node in nodes if isinstance(node, ast.Name)} <= scope.static
+
+
+def outside_sizes(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree but for calls of `size`, which is a number whatever it is of."""
+    queue = [tree]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "size":
+            continue
+        yield node
+        queue.extend(ast.iter_child_nodes(node))
 
 
 def form_scope(

@@ -40,7 +40,19 @@ TAP_DOCS: dict[str, dict[str, str]] = {
     "embedding": {"out": "the rows that were looked up", "weight": "the table"},
     "norm": {"x": "input", "out": "output", "weight": "the scale, [d_out]", "bias": "the offset, [d_out]"},
     "block": {"x": "the hidden states that enter", "out": "the hidden states that leave"},
-    "model": {"embeddings": "the embedded tokens, [B, S, d_model]", "logits": "the first output"},
+    "model": {
+        "ids": "the tokens that the model is called with, [B, S]",
+        "mask": "the mask over them, [B, S]",
+        "types": "their token types, [B, S]",
+        "positions": "their positions, where the model is called with them, [B, S]",
+        "labels": "labels of tokens, where the model is called with them, [B, S]",
+        "embeddings": "the embedded tokens, [B, S, d_model]",
+        "pooled": "what the token at a fixed place is taken from, as a pooler takes the first, [B, S, d_model]",
+        "logits": "the first output",
+        "outputs": "each result with the sequence as its second axis, as the caller gets it: scores, hidden states",
+        "attentions": "each result that is weights of an attention, [B, heads, S, S]",
+        "cross_attentions": "each result that is weights of a cross attention over the sequence, [B, heads, T, S]",
+    },
 }
 
 DIM_DOCS: dict[str, str] = {

@@ -10,9 +10,15 @@ SITES: dict[str, tuple[str, ...]] = {
     "embedding": ("out", "weight"),
     "norm": ("x", "out", "weight", "bias"),
     "block": ("x", "out"),
-    "model": ("embeddings", "logits"),
-}
+    "model": (
+        "ids", "mask", "types", "positions", "labels", "embeddings", "pooled", "logits", "outputs", "attentions",
+        "cross_attentions",
+    ),
+}  # fmt: skip
 """Each kind of site with its taps."""
+
+SERIES = ("pooled", "outputs", "attentions", "cross_attentions")
+"""Taps that may be several values of one kind: `rewrite` sets them all."""
 
 TAPS = frozenset(tap for taps in SITES.values() for tap in taps)
 

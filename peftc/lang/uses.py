@@ -15,7 +15,7 @@ from peftc.lang.forms import expressions, needs
 from peftc.lang.ops import OPS
 from peftc.lang.reading import value
 from peftc.lang.rule import Delta, Expr, Form, Hyper, Param, Scalar
-from peftc.lang.sites import SITES, TAPS
+from peftc.lang.sites import SERIES, SITES, TAPS
 from peftc.lang.tree import MappingNode
 
 
@@ -150,6 +150,15 @@ def check_composition(delta: Delta, collector: Collector) -> None:
     elif named == "prepend" and (delta.at, delta.modify) != (("model",), ("embeddings",)):
         message = "`prepend` stands only `at: model` with `modify: embeddings`"
         collector.error("E024", message, span=delta.compose.span, help="to add dh to h write `h + dh`")
+    elif set(delta.modify) & {*SERIES}:
+        tap = next(tap for tap in delta.modify if tap in SERIES)
+        message = f"`{tap}` may be several values, and a row changes one"
+        collector.error(
+            "E024",
+            message,
+            span=delta.span_at("modify"),
+            help=f"as in rewrite: {{a: {{at: model, set: {{{tap}: ...}}}}}}",
+        )
     elif named == "prepend" and delta.sources:
         span = next(iter(delta.sources.values())).span
         message, help = "a prompt is put before the model reads anything", "take `from` out"

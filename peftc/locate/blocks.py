@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
+from peftc.frontend.trace import LABELS
 from peftc.ir.program import Program, is_call, module_path, result_nodes, shape_of
 from peftc.ir.sites import Site, Tap
 from peftc.locate.walk import DROPOUT, NORMS, VIEWS, backward
@@ -136,7 +138,50 @@ def model_site(program: Program) -> Site:
     if scores:
         taps["logits"] = Tap("logits", scores[0])
     dims: dict[str, int | bool] = {} if table is None else {"d_model": int(shape_of(table)[-1])}
-    return Site("model", "", taps, dims, missing=missing)
+    series = {} if ids is None else _sequence_taps(program, ids, taps)
+    return Site("model", "", taps, dims, missing=missing, series=series)
+
+
+_INPUTS = {
+    "input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types", "position_ids": "positions",
+    "labels": "labels", LABELS: "labels",
+}  # fmt: skip
+_ALONG = {(1,): "outputs", (2, 3): "attentions", (3,): "cross_attentions"}
+"""Results by the axes that are the sequence of `input_ids`."""
+
+
+def _sequence_taps(program: Program, ids: fx.Node, taps: dict[str, Tap]) -> dict[str, tuple[Tap, ...]]:
+    """Add the taps that depend on the length of the sequence; those that are several values come back whole.
+
+    Results are taken as the caller gets them: what the model itself makes of them, a loss, stays.
+    """
+    length = shape_of(ids)[1]
+    for name, node in program.placeholders("input").items():
+        if name in _INPUTS and _axes_of(node, length) == (1,) and len(shape_of(node)) == 2:
+            taps[_INPUTS[name]] = Tap(_INPUTS[name], node)
+    found: dict[str, dict[fx.Node, Tap]] = {}
+    for node in program.graph.nodes:
+        fixed = is_call(node, aten.select.int) and node.args[1] == 1 and isinstance(node.args[2], int)
+        if fixed and node.args[2] >= 0 and 1 in _axes_of(node.args[0], length):
+            found.setdefault("pooled", {})[node] = Tap("pooled", node.args[0], user=node)
+    for node in result_nodes(program.graph):
+        kind = _ALONG.get(_axes_of(node, length))
+        if kind is not None:
+            found.setdefault(kind, {})[node] = Tap(kind, node, user=program.output_node)
+    series = {name: tuple(several.values()) for name, several in found.items()}
+    taps.update({name: several[0] for name, several in series.items()})
+    return series
+
+
+def _axes_of(node: fx.Node, length: Any) -> tuple[int, ...]:
+    """The axes of a value that are `length` long whatever that is.
+
+    Sample sizes tell them: each input has symbols of its own, and the sizes a trace is made with are distinct.
+    """
+    if isinstance(length, int) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return ()
+    sizes = enumerate(shape_of(node))
+    return tuple(i for i, size in sizes if not isinstance(size, int) and size.node.hint == length.node.hint)
 
 
 def _embedding_of(ids: fx.Node) -> fx.Node | None:

@@ -54,6 +54,9 @@ CASES: list[tuple[str, tuple[tuple[int, ...], ...], Reference]] = [
     ("scatter(a, minimum(abs(b), 1), minimum(abs(c), 2), [2, 3])", ((6,), (6,), (6,)),
      lambda a, b, c: a.new_zeros(2, 3).index_put(
          (b.abs().clamp(max=1).long(), c.abs().clamp(max=2).long()), a, accumulate=True)),
+    ("size(a, 1) * a", ((2, 3),), lambda a: 3 * a),
+    ("full([2, size(a, 1)], 2.5) * a", ((2, 3),), lambda a: 2.5 * a),
+    ("concat(full([2, 1], -1, like=a), a)", ((2, 3),), lambda a: torch.cat([-torch.ones(2, 1, dtype=a.dtype), a], 1)),
     ("eye(3) @ a", ((3, 2),), lambda a: a),
     ("range(3) * a", ((3,),), lambda a: a * torch.arange(3)),
     ("diag(a)", ((2, 3),), torch.diag_embed),

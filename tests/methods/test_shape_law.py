@@ -54,6 +54,7 @@ CALLS = [
     "unsqueeze(§, %axis)", "squeeze(§, %axis)", "flatten(§, %axis, %axis)", "expand(§, [%size, %size])",
     "expand(§, [%size, -1, %size])", "repeat(§, [%size, %size])", "split_heads(§, %size)",
     "scatter(§, §, §, [%size, %size])", "eye(%size)", "range(%size)",
+    "size(§, %axis) * §", "full([%size, %size], 2)", "full([%size, %size], 0.5, like=§)",
     "einsum('%one', §)", "einsum('%two', §, §)",
     "§ + §", "§ * §", "§ - 1.5", "2 / §", "§ @ §", "§ ** 2", "-(§)", "(§).T",
     "(§)[0]", "(§)[:, 0]", "(§)[:%size]", "(§)[1:%size]", "(§)[:, %size:]", "(§)[:, :, -1]",

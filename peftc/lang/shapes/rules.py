@@ -180,6 +180,16 @@ def _scatter(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) ->
     return Shape(tuple(static_size(size) for size in wanted)) if isinstance(wanted, list) else UNKNOWN
 
 
+def _size(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> Static:
+    tensor(operands, 0)
+    return Static()
+
+
+def _full(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> Shape:
+    wanted = operands[0]
+    return Shape(tuple(static_size(size) for size in wanted)) if isinstance(wanted, list) else UNKNOWN
+
+
 def _square(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> Shape:
     size = static_size(operands[0])
     return Shape((size, size))
@@ -253,6 +263,8 @@ RULES: dict[str, Rule] = {
     "einsum": _einsum,
     "split_heads": _split_heads,
     "scatter": _scatter,
+    "size": _size,
+    "full": _full,
     "eye": _square,
     "range": _vector,
     "diagonal": _diagonal,
