@@ -94,8 +94,8 @@ def as_junit(results: Sequence[Result], mistakes: Sequence[Diagnostic]) -> str:
 
 
 def _suite(root: ElementTree.Element, name: str, tests: int, **numbers: int) -> ElementTree.Element:
-    attributes = {key: str(number) for key, number in numbers.items()}
-    return ElementTree.SubElement(root, "testsuite", name=name, tests=str(tests), **attributes)
+    attributes = {"name": name, "tests": str(tests), **{key: str(number) for key, number in numbers.items()}}
+    return ElementTree.SubElement(root, "testsuite", attributes)
 
 
 def _case(suite: ElementTree.Element, result: Result) -> None:

@@ -86,7 +86,7 @@ def run_case(source: str, case: Case) -> Result:
     finally:
         forget_spoilt()
     outcomes = [finding.outcome for finding in trial.findings]
-    worst = next((outcome for outcome in _WORST_FIRST if outcome in outcomes), "validated")
+    worst: Outcome = next((outcome for outcome in _WORST_FIRST if outcome in outcomes), "validated")
     return Result(source, case.label, worst, tuple(trial.findings), time.perf_counter() - start)
 
 
