@@ -227,7 +227,7 @@ class _Builder:
         if isinstance(node, ast.Constant):
             return Number(node.value, place)  # pyright: ignore[reportArgumentType] -- check_line saw a number
         if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
-            return Number(-node.operand.value, place)  # pyright: ignore[reportOperatorIssue]
+            return Number(-node.operand.value, place)  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
         if _is_call_of(node, "nearest"):
             assert isinstance(node, ast.Call)
             inner = self._term(line, node.args[0])

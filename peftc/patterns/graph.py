@@ -80,7 +80,7 @@ def _on_last_axis(node: fx.Node) -> bool:
     return dims in (-1, last) or (isinstance(dims, (list, tuple)) and list(dims) in ([-1], [last]))
 
 
-_GUARDS: dict[str, Callable[[fx.Node], bool]] = {
+_GUARDS: dict[str, Callable[[fx.Node], object]] = {
     "gelu": lambda node: argument(node, 1) is None and node.kwargs.get("approximate", "none") == "none",
     "gelu_tanh": lambda node: node.kwargs.get("approximate", "none") == "tanh",
     "add": lambda node: node.kwargs.get("alpha", 1) == 1,
@@ -237,8 +237,11 @@ class GraphIndex:
         """The nodes that may be the term, by their op alone."""
         return [node for target in targets(term) for node in self.by_target.get(target, ())]
 
-    def readers(self, nodes: Iterable[fx.Node], term: Inner) -> set[fx.Node]:
-        """The nodes that may be the term and read one of `nodes`, directly or past what is stepped over."""
+    def readers(self, nodes: Iterable[fx.Node], term: Inner, most: int | None = None) -> set[fx.Node]:
+        """The nodes that may be the term and read one of `nodes`, directly or past what is stepped over.
+
+        With `most`, of that many readers looked at, the nearest first.
+        """
         wanted, found = targets(term), set[fx.Node]()
         queue, seen = deque((node, 0) for node in nodes), set[fx.Node]()
         while queue:
@@ -246,6 +249,8 @@ class GraphIndex:
             for user in node.users:
                 if user in seen:
                     continue
+                if most is not None and len(seen) >= most:
+                    return found
                 seen.add(user)
                 if user.target in wanted:
                     found.add(user)

@@ -35,6 +35,9 @@ from peftc.patterns.terms import (
 MAX_STEPS = 2000
 """Comparisons for one root, after which it counts as no match."""
 
+MOST_READERS = 256
+"""Readers of a shared value that are looked at for a further output: a value that every layer reads leads nowhere."""
+
 Bound = fx.Node | Parameter | float | None
 
 
@@ -103,11 +106,11 @@ class Matcher:
             found = self.index.nodes(root) if path is None else self._climb(self.index.nodes(anchor), path)
         return sorted(found, key=self.index.order.__getitem__)
 
-    def _climb(self, nodes: Iterable[fx.Node], path: list[Inner]) -> set[fx.Node]:
+    def _climb(self, nodes: Iterable[fx.Node], path: list[Inner], most: int | None = None) -> set[fx.Node]:
         """The nodes that may be the end of a path of terms, each reading the one before, from `nodes`."""
         level = set(nodes)
         for term in path:
-            level = self.index.readers(level, term)
+            level = self.index.readers(level, term, most)
         return level
 
     def at(self, node: fx.Node) -> Match | None:
@@ -127,8 +130,8 @@ class Matcher:
         assert isinstance(root, (Call, Piece))
         if root in self.nodes:
             return True
-        for start, path in self._ways_to(root):
-            for node in sorted(self._climb([start], path), key=self.index.order.__getitem__):
+        for start, path in sorted(self._ways_to(root), key=lambda way: len(way[0].users)):
+            for node in sorted(self._climb([start], path, MOST_READERS), key=self.index.order.__getitem__):
                 if self._attempt(((root, node, None, None), None)):
                     return True
         title = root.title

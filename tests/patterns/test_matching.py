@@ -212,6 +212,23 @@ def test_outputs_are_found_from_a_shared_value_and_from_a_shared_parameter() -> 
     assert (site.taps["e"].node, site.taps["W"].node) == (embedded, table)
 
 
+def test_outputs_that_share_a_value_of_every_layer_cost_no_more_the_deeper_the_model() -> None:
+    """Each of the products shares `c` with all of them; what tells its partner is the value nearer to it."""
+    made = pattern(("a = tanh(v) * c", "b = relu(v) * c"), outputs="[a, b]")
+    for layers in (30, 300):
+        w, x = start()
+        shared, results = w.placeholder("input", "c", 2, 8, 4), []
+        for _ in range(layers):
+            x = w.call(aten.neg.default, x)
+            one, other = w.call(aten.tanh.default, x), w.call(aten.relu.default, x)
+            results += [w.call(aten.mul.Tensor, value, shared) for value in (one, other)]
+        program = w.program(*results)
+        matcher = Matcher(GraphIndex(program), made.variants[0], Judge(program))
+        taken = [(matcher.at(root) is not None, matcher.steps) for root in matcher.roots()]
+        assert [matched for matched, _ in taken].count(True) == layers
+        assert max(steps for _, steps in taken) <= 20
+
+
 def test_alternatives_are_tried_in_order_and_may_be_lines_expressions_or_ops() -> None:
     projections = "{any: [['g = linear(x, W_g)', 'u = linear(x, W_u)'], 'g, u = split(linear(x, W))']}"
     made = pattern([projections, "out = any(any(silu, gelu)(g), g * sigmoid(g)) * u"])

@@ -181,3 +181,21 @@ def test_a_saved_delta_directory_holds_the_pattern(checkpoint: Checkpoints, tmp_
     model.save_pretrained(tmp_path / "delta")
     again = peftc.load(tmp_path / "delta")
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(again), strict=True))
+
+
+def test_a_row_reads_a_pattern_of_another_layer(checkpoint: Checkpoints) -> None:
+    """`from:` names a pattern as it names a built-in site: here the FFN of the layer before, beside an attention."""
+    rows = (
+        "  skip: {at: attention, where: {layers: [1]}, modify: out, from: 'mine[layer - 1].mid', form: '(x @ W.T)',\n"
+    )
+    rows += "         params: {W: {shape: [d_out, d_in], init: zeros}}}\n"
+    model = adapt(rule(CASES[0], rows), checkpoint("bert"))
+    (name,) = model.surgery.plan.parameters
+    weight = model.get_parameter(name).detach()
+    assert weight.shape == (16, 24)
+    plain: Any = load_plain(checkpoint("bert"))
+    kept: list[torch.Tensor] = []
+    layers = plain.encoder.layer
+    layers[0].intermediate.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    layers[1].attention.output.dense.register_forward_hook(lambda module, inputs, output: output + kept[-1] @ weight.T)
+    assert largest_difference(model, plain) <= 1e-12
