@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from peftc.diagnostics import fail
+from peftc.dtypes import widest
 from peftc.ir.attention import Region
 from peftc.ir.axis_names import axis_names, shown
 from peftc.ir.builder import Builder, latest
@@ -114,7 +115,12 @@ class _Inserter:
         self._refuse(f"it reads a value that is computed from `{self.edit.tap}`")
 
     def _lowering(self, builder: Builder, tensors: dict[str, fx.Node | None]) -> Lowering:
-        env: dict[str, Any] = {**self.edit.statics, **self.parameters, **tensors}
+        dtype, read = self._dtype(), self._names()
+        parameters = {
+            name: builder.cast(node, dtype) if node is not None and dtype is not None and name in read else node
+            for name, node in self.parameters.items()
+        }
+        env: dict[str, Any] = {**self.edit.statics, **parameters, **tensors}
         return Lowering(builder, env, self.edit.site.describe(), self._named)
 
     def _named(self) -> Named | None:
@@ -129,13 +135,17 @@ class _Inserter:
         return f"[{', '.join(sizes)}]" if names is None else names.shape(sizes, expr, expr.tree if expr else None)
 
     def _dtype(self) -> torch.dtype | None:
-        dtypes = [node.meta["val"].dtype for node in self.parameters.values() if node is not None]
-        return dtypes[0] if dtypes else None
+        """That of the form's computations; see `peftc.dtypes`."""
+        return widest(node.meta["val"].dtype for node in self.parameters.values() if node is not None)
 
     def _names(self) -> set[str]:
         """Every value the delta's expressions read."""
-        form, delta = self.delta.form, self.delta
-        exprs = [*form.let.values(), *delta.let.values(), delta.compose]
+        exprs = [*self.delta.let.values(), self.delta.compose]
+        return self._form_names().union(*(names_in(expr) for expr in exprs))
+
+    def _form_names(self) -> set[str]:
+        form = self.delta.form
+        exprs = [*form.let.values()]
         exprs += [form.dh] if form.dh is not None else []
         exprs += [form.attend.keys, form.attend.values] if form.attend is not None else []
         return set().union(*(names_in(expr) for expr in exprs))
@@ -151,7 +161,8 @@ class _Inserter:
         site = self.edit.site
         wanted = {name: tap for name, tap in self._taps().items() if name != skip}
         source = input_tap(self.delta, site, self.edit.tap)
-        if source is not None and source != skip:
+        elsewhere = source is not None and source != skip and self.delta.insert != "sequential"
+        if elsewhere and "x" in self._names():
             wanted["x"] = site.taps[source]
         wanted.update({name: source.tap for name, source in self.edit.sources.items()})
         dtype = self._dtype()
@@ -177,22 +188,28 @@ class _Inserter:
         builder = self._builder(self._start(self._operand_nodes()))
         before = self.tap.read(self.program, builder)
         tensors = self._tensors(builder)
-        if self.delta.insert == "sequential":
-            dtype = self._dtype()
-            tensors["x"] = before if dtype is None else builder.cast(before, dtype)
+        sequential, dtype = self.delta.insert == "sequential", self._dtype()
+        h = before
+        if dtype is not None and (sequential or "h" in self._form_names()):
+            h = builder.cast(before, dtype)
+        if sequential:
+            tensors["x"] = h
         lowering = self._lowering(builder, tensors)
-        lowering.env["h"] = tensors.get("x") if self.delta.insert == "sequential" else before
+        lowering.env["h"] = h
         self._lets(lowering, self.delta.form.let)
         assert self.delta.form.dh is not None
         dh = lowering.tensor(self.delta.form.dh)
-        x = before if self.delta.insert == "sequential" else tensors.get("x")
+        x = before if sequential else tensors.get("x")
         return self._finish(builder, lowering, before, x, dh, "expression")
 
     def _finish(
         self, builder: Builder, lowering: Lowering, before: fx.Node, x: fx.Node | None, dh: fx.Node, how: str
     ) -> Insertion:
         value = before.meta["val"]
-        lowering.env.update(h=before, dh=builder.cast(dh, value.dtype))
+        dtype = torch.promote_types(value.dtype, dh.meta["val"].dtype)
+        read = lowering.env.get("h")
+        h = read if isinstance(read, fx.Node) and read.meta["val"].dtype == dtype else builder.cast(before, dtype)
+        lowering.env.update(h=h, dh=builder.cast(dh, dtype))
         self._lets(lowering, self.delta.let)
         compose = replace(_SUM, span=self.delta.span_at("compose")) if self.compose == "add" else self.delta.compose
         after = lowering.env["gated"] if self.compose == "gate" else lowering.tensor(compose)

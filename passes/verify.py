@@ -21,7 +21,7 @@ from peftc.ir.program import Program
 
 _NO_GRADIENT = frozenset({
     "sign", "le", "lt", "ge", "gt", "eq", "ne", "argmax", "argmin", "floor", "round", "detach", "ones_like",
-    "zeros_like", "full_like", "new_ones", "new_zeros", "new_full", "sym_size",
+    "zeros_like", "full_like", "new_ones", "new_zeros", "new_full", "full", "sym_size",
 })  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftc.diagnostics import Collector, Diagnostic, PeftcError, place
+from peftc.diagnostics import Collector, Diagnostic, PeftcError, Span, place
 
 if TYPE_CHECKING:
     from peftc.fold.decide import Decision
@@ -158,9 +158,25 @@ def _note_folds(rule: Rule, decisions: list[Decision], collector: Collector) -> 
             groups.setdefault((decision.result, re.sub(r"_\d+\b", "", decision.reason)), []).append(decision)
         for (result, _), group in groups.items():
             help = "ONNX holds it as nodes" if result == "kept" else "ONNX holds it as constants"
-            count = _counted(len({id(decision.insertion.site) for decision in group}), "site")
-            message = f"delta `{delta.name}` does not fold into weights ({count}): {group[0].reason}"
-            collector.note("W011", message, span=delta.span, help=f"a plain checkpoint cannot hold it; {help}")
+            count, (text, span) = (
+                _counted(len({id(d.insertion.site) for d in group}), "site"),
+                _hinders(group[0], delta),
+            )
+            message = f"delta `{delta.name}` does not fold into weights ({count}): {group[0].reason}{text}"
+            collector.note("W011", message, span=span, help=f"a plain checkpoint cannot hold it; {help}")
+
+
+def _hinders(decision: Decision, delta: Delta) -> tuple[str, Span | None]:
+    """What keeps a delta in the graph: its text where it is in a form of another file, and its place or the row's."""
+    from peftc.lang.lower import PLACE
+
+    node = next((node for node in decision.insertion.nodes if node.name == decision.node), None)
+    text, span = node.meta.get(PLACE, ("", None)) if node is not None and decision.result == "kept" else ("", None)
+    if span is None or node is decision.insertion.after:
+        return "", delta.span
+    if delta.span is not None and span.file == delta.span.file:
+        return "", span
+    return f", in `{text}` of form `{delta.form.name}`", delta.span_at("form")
 
 
 def _note_starts(rule: Rule, program: Program, collector: Collector) -> None:

@@ -174,7 +174,14 @@ def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdo
             origin = f" ({origins[op.name]})" if kind == "ops" and op.name in origins else ""
             takes = f"  {shapes_of(op.name):<{shapes}}" if kind == "ops" else ""
             typer.echo(f"  {op.name:<{width}}  {arguments + keywords:<12}{takes}  {op.doc}{origin}")
+    typer.echo(f"\n{_DTYPES}")
     end_with([*extra.problems, *extra.clashes("op")])
+
+
+_DTYPES = """\
+A form computes in the widest dtype of the row's parameters, float32 where none has a `dtype:` of its own (float64 on
+such a base), and what it reads of the base is cast to that once. `compose` computes in the wider one of that and the
+dtype of h, and its value is cast back to the dtype of h, once."""
 
 
 def _described(op: Op) -> dict[str, object]:

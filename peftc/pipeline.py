@@ -82,13 +82,13 @@ def rewrite(
     program: Program,
     rule: Rule,
     *,
-    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     fresh: Collection[str] = (),
     watch: Watcher | None = None,
 ) -> Plan:
     """Plan `rule` on a located program and insert its deltas; see `peftc.plan.make_plan` for the options."""
     from peftc.plan import make_plan
 
-    plan = make_plan(rule, program, dtype=dtype, fresh=fresh)
+    plan = make_plan(rule, program, dtypes=dtypes, fresh=fresh)
     run(program, [load_pass("insert")(plan), load_pass("freeze")(plan)], watch)
     return plan

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftc.budget import Spent, solve
 from peftc.diagnostics import Collector, did_you_mean, fail
+from peftc.dtypes import Dtypes
 from peftc.ir.program import DeltaParameter, Init, Program
 from peftc.ir.sites import Site
 from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
@@ -65,8 +66,6 @@ class Plan:
     trained: tuple[str, ...]
     """Base parameters trained as they are."""
     base_sizes: dict[str, int]
-    dtype: torch.dtype | None
-    """That of the delta parameters; None when there are none."""
     budget: Spent | None = None
     """How a budget of the rule was spent; `rule` then holds the value found."""
 
@@ -74,6 +73,14 @@ class Plan:
     def parameters(self) -> dict[str, DeltaParameter]:
         """Every delta parameter once, in order."""
         return {p.name: p for edit in self.edits for p in edit.parameters.values() if p is not None}
+
+    @property
+    def one_of_each_dtype(self) -> tuple[str, ...]:
+        """The first parameter of each dtype."""
+        found: dict[torch.dtype, str] = {}
+        for name, parameter in self.parameters.items():
+            found.setdefault(parameter.dtype, name)
+        return tuple(found.values())
 
     @property
     def trainable(self) -> frozenset[str]:
@@ -108,8 +115,10 @@ class Plan:
         return list(sites.values())
 
 
-def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None, fresh: Collection[str] = ()) -> Plan:
-    """Plan `rule` on a located program. `dtype` is that of new parameters (default: float32, or float64 on float64).
+def make_plan(
+    rule: Rule, program: Program, *, dtypes: Mapping[str, torch.dtype] | None = None, fresh: Collection[str] = ()
+) -> Plan:
+    """Plan `rule` on a located program. `dtypes` are those that delta parameters have now, where a model was converted.
 
     `fresh` are parameters that the checkpoint does not hold (a new classification head); they train always, for a
     head frozen at random values is never meant.
@@ -120,15 +129,16 @@ def make_plan(rule: Rule, program: Program, *, dtype: torch.dtype | None = None,
     """
     own = find(program, rule.patterns.values())
     if rule.budgeted is not None:
-        return solve(rule, lambda solved: _planned(solved, program, own, dtype, fresh))
-    return _planned(rule, program, own, dtype, fresh)
+        return solve(rule, lambda solved: _planned(solved, program, own, dtypes, fresh))
+    return _planned(rule, program, own, dtypes, fresh)
 
 
-def _planned(rule: Rule, program: Program, own: Found, dtype: torch.dtype | None, fresh: Collection[str]) -> Plan:
+def _planned(
+    rule: Rule, program: Program, own: Found, dtypes: Mapping[str, torch.dtype] | None, fresh: Collection[str]
+) -> Plan:
     """The plan of a rule without a budget; `own` are the sites that its own patterns find."""
     base = program.placeholders("parameter")
-    sizes = _base_sizes(program)
-    dtype = dtype or delta_dtype(program)
+    sizes, kinds = _base_sizes(program), Dtypes.of(program, dtypes)
     collector = Collector()
     edits: list[Edit] = []
     located = (*program.sites, *own.sites)
@@ -145,7 +155,7 @@ def _planned(rule: Rule, program: Program, own: Found, dtype: torch.dtype | None
                 span=delta.span_at("expect"),
                 help="`peftc sites` shows what the model has",
             )
-        edits.extend(_edits(rule, delta, sites, dtype, collector, located))
+        edits.extend(_edits(rule, delta, sites, kinds, collector, located))
     named = (name for name in base if name in fresh or _is_trained(rule, name))
     trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
     check_layers(rule, program.sites, collector)
@@ -159,17 +169,9 @@ def _planned(rule: Rule, program: Program, own: Found, dtype: torch.dtype | None
                 help=did_you_mean(glob.pattern, {name.split(".")[0] + ".*" for name in base}),
             )
     collector.raise_if_errors()
-    plan = Plan(rule, tuple(edits), trained, sizes, dtype if any(edit.parameters for edit in edits) else None)
+    plan = Plan(rule, tuple(edits), trained, sizes)
     _refuse_absurd(plan)
     return plan
-
-
-def delta_dtype(program: Program) -> torch.dtype:
-    """Deltas train in float32 whatever the base's dtype, except on a float64 base."""
-    import torch
-
-    dtypes = {node.meta["val"].dtype for node in program.placeholders("parameter").values()}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _base_sizes(program: Program) -> dict[str, int]:
@@ -186,7 +188,7 @@ def _is_trained(rule: Rule, name: str) -> bool:
 
 
 def _edits(
-    rule: Rule, delta: Delta, sites: list[Site], dtype: torch.dtype, collector: Collector, every: Sequence[Site]
+    rule: Rule, delta: Delta, sites: list[Site], kinds: Dtypes, collector: Collector, every: Sequence[Site]
 ) -> Iterable[Edit]:
     ranks = _ranks(sites)
     for tap in (tap for tap in delta.modify if tap not in delta.optional):
@@ -198,7 +200,7 @@ def _edits(
             statics = site_statics(rule, delta, site, tap, sources)
             edit = Edit(delta, site, tap, statics, sources=sources)
             for param in (*delta.form.params, *delta.params):
-                edit.parameters[param.name] = _parameter(delta, site, tap, param, sites, ranks, statics, dtype)
+                edit.parameters[param.name] = _parameter(delta, site, tap, param, sites, ranks, statics, kinds)
             yield edit
 
 
@@ -281,10 +283,8 @@ def _parameter(
     sites: list[Site],
     ranks: dict[int, int],
     statics: dict[str, Scalar],
-    dtype: torch.dtype,
+    kinds: Dtypes,
 ) -> DeltaParameter | None:
-    import torch
-
     if param.condition is not None and not evaluate_static(param.condition, statics):
         return None
     shape = tuple(_size(delta, param, size, statics) for size in param.shape)
@@ -293,7 +293,7 @@ def _parameter(
     parts = [owner, "peftc", delta.name + (f"_{rank}" if rank else "")]
     parts += [tap] if len(delta.modify) > 1 and not delta.sets else []
     name = ".".join(part for part in (*parts, middle, param.name) if part)
-    kind = getattr(torch, param.dtype) if param.dtype else dtype
+    kind = kinds.kind(param, name, site.taps[tap].node.meta["val"].dtype)
     return DeltaParameter(name, shape, kind, _init(param, statics), param.frozen, delta.name)
 
 

@@ -243,11 +243,20 @@ def _on_weights(ledger: list[Insertion], linear: Linear | None) -> list[Insertio
     return [entry for entry in ledger if entry.site.taps[entry.tap].node in own]
 
 
+def _uncast(node: object) -> object:
+    while isinstance(node, fx.Node) and is_call(node, aten.to.dtype):
+        node = node.args[0]
+    return node
+
+
 def _adds(entry: Insertion) -> bool:
     """Whether h' = h + something that does not read h: what is added to h before it may as well be added after."""
-    if not is_call(entry.after, aten.add.Tensor) or entry.after.kwargs or entry.after.args[0] is not entry.before:
+    after = _uncast(entry.after)
+    if not isinstance(after, fx.Node) or not is_call(after, aten.add.Tensor) or after.kwargs:
         return False
-    own, queue = set(entry.nodes), [entry.after.args[1]]
+    if _uncast(after.args[0]) is not entry.before:
+        return False
+    own, queue = set(entry.nodes), [after.args[1]]
     while queue:
         node = queue.pop()
         if node is entry.before or node is entry.original:

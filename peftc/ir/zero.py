@@ -50,11 +50,13 @@ def starts_as_identity(program: Program, insertion: Insertion) -> bool:
         if parameter is not None and parameter.init.is_zero:
             values[node] = Value.ZERO
     for node in insertion.nodes:
-        values.setdefault(node, _transfer(node, values))
+        values.setdefault(node, _transfer(node, values, insertion.before.meta["val"].dtype))
     return values[insertion.after] is Value.H
 
 
-def _transfer(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+def _transfer(node: fx.Node, values: dict[fx.Node, Value], dtype: torch.dtype) -> Value:
+    """What is known of `node`; `dtype` is that of h."""
+
     def known(argument: Any) -> Value:
         if isinstance(argument, (list, tuple)):
             return Value.ZERO if any(known(item) is Value.ZERO for item in argument) else Value.OTHER
@@ -64,7 +66,8 @@ def _transfer(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 
     first = known(node.args[0]) if node.args else Value.OTHER
     if is_call(node, aten.to.dtype, aten.alias.default) and first is Value.H:
-        return Value.H  # a cast to the delta's dtype and back: the way back is the identity on what came from below
+        holds = torch.promote_types(dtype, node.meta["val"].dtype) == node.meta["val"].dtype
+        return Value.H if holds else Value.OTHER  # up and back again is the identity, down is a rounding
     if is_call(node, *_ODD, *_SHAPES):
         return Value.ZERO if first is Value.ZERO else Value.OTHER
     if is_call(node, *_PRODUCTS):

@@ -21,6 +21,7 @@ from peftc.lang.cases import CaseReader, place_of_tests
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
 from peftc.lang.foreign import written_in
+from peftc.lang.gradients import check_gradients
 from peftc.lang.kinds import kinds_of
 from peftc.lang.library import SUFFIXES, catalogue, find, form_names, load_form, read, rule_files, shown_file
 from peftc.lang.local_forms import local_forms
@@ -206,10 +207,12 @@ def _check_sizes(deltas: tuple[Delta, ...], values: Mapping[str, Hyper], collect
 
 
 def _check_shapes(deltas: Iterable[Delta], values: Mapping[str, Hyper], collector: Collector) -> None:
-    """E013 for what cannot fit in the rows, once every size is a size."""
+    """E013 for what does not fit in the rows, once every size is a size, and E024 for what no gradient reaches."""
     if not any(error.code == "E014" for error in collector.errors):
+        words = {name: hyper.value for name, hyper in values.items()}
         for delta in deltas:
             collector.extend(found for found in check_row(delta, values) if found.severity == "error")
+            collector.extend(check_gradients(delta, words))
 
 
 def _is_path(name: str) -> bool:

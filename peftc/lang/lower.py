@@ -52,6 +52,10 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 }
 
 
+PLACE = "peftc_place"
+"""The key of a node's `meta` under which the text and the span of its expression stand."""
+
+
 class Lowering:
     """Lowers the expressions of one delta at one site; `place` names the site in error messages."""
 
@@ -199,8 +203,11 @@ class Lowering:
         return self._guard(node, operands, lambda: self.builder.call(target, *args))
 
     def _guard(self, node: ast.expr, operands: list[tuple[ast.expr, Value]], write: Callable[[], fx.Node]) -> fx.Node:
+        before = len(self.builder.nodes)
         try:
-            return write()
+            value = write()
+            self._mark(node, before)
+            return value
         except PeftcError as error:
             raise error.at(self._span(node)) from error
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
@@ -216,6 +223,11 @@ class Lowering:
     def _readable(self, reason: str) -> str:
         """What torch says, with the axes by name."""
         return shown([reason], axis_names(self.builder.program))[0]
+
+    def _mark(self, node: ast.expr, before: int) -> None:
+        """Keep with each new node where the rule asks for it, for what is told of the node later."""
+        for written in self.builder.nodes[before:]:
+            written.meta.setdefault(PLACE, (ast.unparse(node), self._span(node)))
 
     def _told(self, operands: list[tuple[ast.expr, Value]]) -> str:
         """What each operand is, with names: `x is [B, S, d_in=384] but W is [d_in=384, r=8]`."""

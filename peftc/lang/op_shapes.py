@@ -11,7 +11,7 @@ from peftc.lang.ops import OPS
 
 _ALIKE = (
     "roll flip fft_real fft_imag relu gelu gelu_tanh silu tanh sigmoid softplus identity softmax exp log sin cos sqrt "
-    "rsqrt abs sign floor clamp cumsum dropout detach"
+    "rsqrt abs sign floor round clamp cumsum dropout detach"
 )
 _REDUCING = "logsumexp mean sum amax amin norm"
 _BROADCAST = "minimum maximum greater less where ifft_real"
@@ -42,9 +42,12 @@ OP_SHAPES: dict[str, str] = {
     "scatter": "[k], [k], [k] -> [m, n]",
     "size": "[.., n] -> n",
     "full": "[m, n] of the sizes given",
+    "zeros": "sizes -> [m, n]",
+    "ones": "sizes -> [m, n]",
     "eye": "n -> [n, n]",
     "range": "n -> [n]",
     "diag": "[.., n] -> [.., n, n]",
+    "block_diag": "[.., k, m, n] -> [.., k * m, k * n]",
     "diagonal": "[.., n, n] -> [.., n]",
     "skew": "[.., n (n - 1) / 2] -> [.., n, n]",
     "circulant": "[.., n] -> [.., n, n]",

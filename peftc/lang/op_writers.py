@@ -46,17 +46,11 @@ def _arange(builder: Builder, size: int) -> fx.Node:
 
 
 def _parameter(builder: Builder) -> fx.Node | None:
-    """A parameter of the delta: what is made in the graph has its dtype and device when that runs, or is folded."""
+    """The widest parameter of the delta: what is made in the graph has its dtype and device when that runs, or is folded."""
     delta = builder.label.partition(".")[0]
-    own = [name for name, parameter in builder.program.delta_parameters.items() if parameter.delta == delta]
-    return builder.program.placeholders("parameter")[own[0]] if own else None
-
-
-def _ones(builder: Builder, size: int) -> fx.Node:
-    like = _parameter(builder)
-    if like is None:
-        return builder.call(aten.ones.default, [size], device=_device(builder))
-    return builder.call(aten.new_ones.default, like, [size])
+    own = {name: p.dtype for name, p in builder.program.delta_parameters.items() if p.delta == delta}
+    widest = max(own, key=lambda name: own[name].itemsize, default=None)
+    return None if widest is None else builder.program.placeholders("parameter")[widest]
 
 
 def _full(builder: Builder, sizes: list[Value], number: float, like: fx.Node | None = None) -> fx.Node:
@@ -73,11 +67,18 @@ def _concat(builder: Builder, *parts: fx.Node, dim: int = -1) -> fx.Node:
 
 
 def _eye(builder: Builder, size: int) -> fx.Node:
-    return builder.call(aten.diag_embed.default, _ones(builder, size))
+    return builder.call(aten.diag_embed.default, _full(builder, [size], 1))
 
 
 def _range(builder: Builder, size: int) -> fx.Node:
-    return builder.call(aten.mul.Tensor, _ones(builder, 1), _arange(builder, size))
+    return builder.call(aten.mul.Tensor, _full(builder, [1], 1), _arange(builder, size))
+
+
+def _block_diag(builder: Builder, x: fx.Node) -> fx.Node:
+    """Each block times its row of the identity: [.., k, m, 1, n] * [k, 1, k, 1], the axes then joined in pairs."""
+    mask = builder.call(aten.reshape.default, _eye(builder, _shape(x)[-3]), [_shape(x)[-3], 1, _shape(x)[-3], 1])
+    spread = builder.call(aten.mul.Tensor, builder.call(aten.unsqueeze.default, x, -2), mask)
+    return builder.call(aten.flatten.using_ints, builder.call(aten.flatten.using_ints, spread, -4, -3), -2, -1)
 
 
 def _integers(builder: Builder, x: fx.Node) -> fx.Node:
@@ -255,10 +256,13 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "gather": _gather,
     "scatter": _scatter,
     "size": lambda b, x, axis: b.size(x, axis),
+    "zeros": lambda b, sizes: _full(b, sizes, 0),
+    "ones": lambda b, sizes: _full(b, sizes, 1),
     "full": _full,
     "eye": _eye,
     "range": _range,
     "diag": lambda b, x: b.call(aten.diag_embed.default, x),
+    "block_diag": _block_diag,
     "diagonal": lambda b, x: b.call(aten.diagonal.default, x, 0, -2, -1),
     "triu": lambda b, x, k=0: b.call(aten.triu.default, x, k),
     "tril": lambda b, x, k=0: b.call(aten.tril.default, x, k),
@@ -290,6 +294,7 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "abs": _unary(aten.abs.default),
     "sign": _unary(aten.sign.default),
     "floor": _unary(aten.floor.default),
+    "round": _unary(aten.round.default),
     "clamp": lambda b, x, low, high: b.call(aten.clamp.default, x, low, high),
     "minimum": _extreme(min, aten.minimum.default, "max"),
     "maximum": _extreme(max, aten.maximum.default, "min"),

@@ -61,8 +61,10 @@ class ParamFile(_Model):
     init: Expression = Field(
         description="its initial value: a number, or zeros, normal(0.02), ...; `peftc ops` lists them"
     )
-    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = Field(
-        None, description="its type; float32 where nothing is said"
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "base"] | None = Field(
+        None,
+        description="its type, or base for that of the value it changes; float32 where nothing is said, "
+        "float64 on a float64 base",
     )
     share: Literal["site", "layer", "kind", "stack", "model"] = Field(
         "site", description="which sites use one and the same tensor"

@@ -48,7 +48,8 @@ class Surgery:
     def keep(self, model: Any, inputs: Mapping[str, InputSpec], skeleton: Skeleton, program: Program) -> None:
         """Keep a trace of `model` for its first call with `inputs`."""
         self.skeletons[_variant(model)] = skeleton
-        self.programs[_variant(model), self.plan.dtype, call_key(inputs, {})] = program
+        planned = tuple(self.plan.parameters[name].dtype for name in self.plan.one_of_each_dtype)
+        self.programs[_variant(model), planned, call_key(inputs, {})] = program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Surgery:
         return replace(self, executors={}, programs=dict(self.programs), skeletons=dict(self.skeletons))
@@ -70,10 +71,11 @@ class GraphModel:
         model: Any = self
         seq2seq = bool(model.config.is_encoder_decoder)
         specs = {name: input_spec(name, tensor, encoder_decoder=seq2seq) for name, tensor in inputs.items()}
-        key = (_variant(model), _delta_dtype(model), call_key(specs, flags))
+        key = (_variant(model), _kinds(model, surgery.plan), call_key(specs, flags))
         if key not in surgery.programs:
             program = analyse(self._skeleton(), specs, flags)
-            rewrite(program, surgery.rule, dtype=_delta_dtype(model), fresh=surgery.plan.trained)
+            now = {name: model.get_parameter(name).dtype for name in surgery.plan.parameters}
+            rewrite(program, surgery.rule, dtypes=now, fresh=surgery.plan.trained)
             surgery.programs[key] = program
         return surgery.programs[key]
 
@@ -186,13 +188,9 @@ def _variant(model: Any) -> tuple[Any, ...]:
     return model.dtype, model.config._attn_implementation
 
 
-def _delta_dtype(model: Any) -> torch.dtype | None:
-    """The dtype that the deltas have now (a user may have converted the model), or None without deltas."""
-    for name in model.surgery.plan.parameters:
-        parameter = model.get_parameter(name)
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return None
+def _kinds(model: Any, plan: Plan) -> tuple[torch.dtype, ...]:
+    """The dtypes that the deltas have now (a user may have converted the model), one of each that the plan has."""
+    return tuple(model.get_parameter(name).dtype for name in plan.one_of_each_dtype)
 
 
 def state_of(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:

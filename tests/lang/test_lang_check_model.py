@@ -41,7 +41,32 @@ def test_notes_say_what_does_not_fold_and_what_starts_elsewhere(bert: Path, tmp_
     assert {d.severity for d in found} == {"note"}
     assert [(d.code, d.span.line if d.span else 0) for d in found] == [("W011", 7), ("W012", 8)]
     assert "delta `stays` does not fold into weights (1 site): `relu` is not affine" in found[0].message
+    assert "in `f(linear(u, W_down, b_down))` of form `bottleneck`" in found[0].message
     assert found[1].message == "delta `moves` is not zero at its initial values (2 sites)"
+
+
+@pytest.mark.parametrize(
+    ("form", "reason", "token"),
+    [
+        ('"linear(linear(x, A), A.T) * sigmoid(x)"', "`sigmoid` is not affine", "sigmoid(x)"),
+        ('"linear(linear(x, A) * linear(x, A), A.T)"', "`mul` is not affine", "linear(x, A) * linear(x, A)"),
+        ('"linear(relu(linear(x, A)), A.T) + norm(h) * x"', "is not affine", ""),
+        ('"linear(softmax(linear(x, A)), A.T)"', "`softmax` is not affine", "softmax(linear(x, A))"),
+        (
+            '"linear(cumsum(linear(x, A), dim=1), A.T)"',
+            "`cumsum` is not an affine function of each token",
+            "cumsum(linear(x, A), dim=1)",
+        ),
+    ],
+)
+def test_what_hinders_a_fold_is_told_at_its_call(
+    form: str, reason: str, token: str, bert: Path, tmp_path: Path
+) -> None:
+    row = f"  a: {{at: attention, modify: out, form: {form}, params: {{A: {{shape: [r, d_in], init: zeros}}}}}}\n"
+    (found,) = [d for d in told(row, bert, tmp_path) if d.code == "W011"]
+    assert found.span is not None
+    assert reason in found.message
+    assert found.span.text[found.span.col - 1 : found.span.end_col - 1].startswith(token)
 
 
 def test_row_that_matches_nothing_is_told_at_the_condition(bert: Path, tmp_path: Path) -> None:

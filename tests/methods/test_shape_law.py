@@ -35,9 +35,10 @@ ONES = ("ii->i", "ij->", "ij->ji", "kij->kj", "...i->...", "ij", "i->ij")
 TWOS = ("bsd,rd->bsr", "ij,jk->ik", "i,j->ij", "ij,ij->i", "kij,kjl->kil", "...i,ri->...r", "ij,kj", "i,i->")
 
 _ONE = (
-    "merge_heads diag diagonal triu tril skew circulant orthonormal inverse fft_real fft_imag ifft_real ifft2_real "
+    "merge_heads diag block_diag diagonal triu tril skew circulant orthonormal inverse fft_real fft_imag "
+    "ifft_real ifft2_real "
     "relu gelu gelu_tanh silu tanh sigmoid softplus identity softmax logsumexp exp log sin cos sqrt rsqrt abs sign "
-    "floor mean sum cumsum amax amin norm detach flatten flip"
+    "round floor mean sum cumsum amax amin norm detach flatten flip"
 )
 _TWO = "linear matmul outer kron solve minimum maximum greater less rms_norm concat stack gather ifft_real"
 _ALONG = "softmax logsumexp mean sum cumsum amax amin norm fft_real flip"
@@ -55,6 +56,7 @@ CALLS = [
     "expand(§, [%size, -1, %size])", "repeat(§, [%size, %size])", "split_heads(§, %size)",
     "scatter(§, §, §, [%size, %size])", "eye(%size)", "range(%size)",
     "size(§, %axis) * §", "full([%size, %size], 2)", "full([%size, %size], 0.5, like=§)",
+    "zeros([%size, %size])", "ones([%size])",
     "einsum('%one', §)", "einsum('%two', §, §)",
     "§ + §", "§ * §", "§ - 1.5", "2 / §", "§ @ §", "§ ** 2", "-(§)", "(§).T",
     "(§)[0]", "(§)[:, 0]", "(§)[:%size]", "(§)[1:%size]", "(§)[:, %size:]", "(§)[:, :, -1]",

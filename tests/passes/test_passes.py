@@ -67,8 +67,8 @@ def test_verify_names_the_pass_that_lost_a_binding(bert):
 
 def test_a_parameter_without_gradient_is_refused(bert, rule):
     row = (
-        "{at: ffn, modify: out, form: {expr: 'sign(v) * h', params: {v: {shape: [d_out], init: ones}}}, "
-        "insert: sequential}"
+        "{at: ffn, modify: out, form: {expr: '(sign(v) if d_in == d_out else v) * h', "
+        "params: {v: {shape: [d_out], init: ones}}}, insert: sequential}"
     )
     with pytest.raises(PeftcError, match="no gradient reaches its parameter"):
         rewrite(bert, rule(row))

@@ -11,6 +11,7 @@ import torch
 
 import peftc
 from peftc.diagnostics import PeftcError
+from peftc.lang.loader import parse_rule
 from runtime.tiny import batch, moved
 
 Load = Callable[..., Any]
@@ -76,6 +77,27 @@ def test_deltas_of_a_half_precision_base_train_in_float32(model_dir: Load) -> No
     result.loss.backward()
     assert result.logits.dtype == torch.bfloat16
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+NARROW = """\
+peftc: 1
+name: narrow
+hyper: {r: 4}
+deltas:
+  d: {at: ffn, modify: out, form: "linear(linear(x, A), B)", params: {
+    A: {shape: [r, d_in], init: normal(0.1), dtype: bfloat16}, B: {shape: [d_out, r], init: zeros}}}
+"""
+
+
+def test_deltas_with_a_dtype_of_their_own_follow_the_model(model_dir: Load) -> None:
+    model = moved(peftc.apply(parse_rule(NARROW, "narrow.yaml"), model_dir("bert")))
+    wide = copy.deepcopy(model).double()
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+    torch.testing.assert_close(logits(wide).float(), logits(model), rtol=1e-5, atol=1e-5)
+    exact = logits(wide)
+    wide.to(torch.float32)
+    torch.testing.assert_close(logits(wide).double(), exact, rtol=1e-5, atol=1e-5)
+    assert len(wide.surgery.programs) == 3
 
 
 def test_deep_copy_has_parameters_of_its_own(model_dir: Load) -> None:

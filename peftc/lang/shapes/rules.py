@@ -60,6 +60,8 @@ def _linear(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> 
         sizes.same(x.last(1)[0], weight.last(1)[0])
     except Misfit as misfit:
         raise Misfit(misfit.reason, 0, 1, help=_swapped(sizes, x, weight, "linear")) from None
+    if weight.open and len(weight.sizes) < 2:
+        return UNKNOWN
     if not weight.open and len(weight.sizes) == 1:
         return x.lead(1)
     if not x.open and not x.sizes:
@@ -185,7 +187,7 @@ def _size(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> St
     return Static()
 
 
-def _full(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> Shape:
+def _filled(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> Shape:
     wanted = operands[0]
     return Shape(tuple(static_size(size) for size in wanted)) if isinstance(wanted, list) else UNKNOWN
 
@@ -264,7 +266,9 @@ RULES: dict[str, Rule] = {
     "split_heads": _split_heads,
     "scatter": _scatter,
     "size": _size,
-    "full": _full,
+    "zeros": _filled,
+    "ones": _filled,
+    "full": _filled,
     "eye": _square,
     "range": _vector,
     "diagonal": _diagonal,
