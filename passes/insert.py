@@ -161,8 +161,8 @@ class _Inserter:
         site = self.edit.site
         wanted = {name: tap for name, tap in self._taps().items() if name != skip}
         source = input_tap(self.delta, site, self.edit.tap)
-        elsewhere = source is not None and source != skip and self.delta.insert != "sequential"
-        if elsewhere and "x" in self._names():
+        elsewhere = source != skip and self.delta.insert != "sequential"
+        if source is not None and elsewhere and "x" in self._names():
             wanted["x"] = site.taps[source]
         wanted.update({name: source.tap for name, source in self.edit.sources.items()})
         dtype = self._dtype()

@@ -171,7 +171,7 @@ def _reduce(sizes: Sizes, operands: Operands, keywords: Keywords) -> Shape:
     axis = axis_of(x, whole(keywords["dim"]) if "dim" in keywords else -1)
     if axis is None:
         return Shape((None,) * len(x.sizes), x.open)
-    found = list(x.sizes)
+    found: list[Size] = list(x.sizes)
     found[axis] = ONE
     return Shape(tuple(found), x.open)
 

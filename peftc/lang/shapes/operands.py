@@ -28,8 +28,8 @@ def static_size(found: Value) -> Size:
 
 def whole(found: Value | None) -> int | None:
     """The whole number that `found` is known to be."""
-    known = isinstance(found, Static) and found.known and type(found.value) is int
-    return found.value if known else None  # pyright: ignore[reportReturnType] -- `known` narrows it
+    value = found.value if isinstance(found, Static) and found.known else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def axis_of(shape: Shape, index: int | None, *, extra: int = 0) -> int | None:
