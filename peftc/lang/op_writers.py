@@ -46,7 +46,7 @@ def _arange(builder: Builder, size: int) -> fx.Node:
 
 
 def _parameter(builder: Builder) -> fx.Node | None:
-    """The widest parameter of the delta: what is made in the graph has its dtype and device when that runs, or is folded."""
+    """The widest parameter of the delta: what is made in the graph has its dtype and its device when that runs."""
     delta = builder.label.partition(".")[0]
     own = {name: p.dtype for name, p in builder.program.delta_parameters.items() if p.delta == delta}
     widest = max(own, key=lambda name: own[name].itemsize, default=None)
