@@ -195,13 +195,14 @@ def patterns(
     """List the patterns of the library: kinds of sites for `at:`, each with its taps."""
     from peftc.patterns.listing import listed_ops, listed_patterns
 
-    rows = listed_ops() if ops else listed_patterns()
+    rows, problems = (listed_ops(), []) if ops else listed_patterns()
     if as_json:
         typer.echo(json.dumps([row.to_json() for row in rows], indent=2, ensure_ascii=False))
-        return
-    width = max(len(row.name) for row in rows)
-    for row in rows:
-        typer.echo(f"{row.name:<{width}}  {row.text}")
+    else:
+        width = max(len(row.name) for row in rows)
+        for row in rows:
+            typer.echo(f"{row.name:<{width}}  {row.text}")
+    end_with(problems)
 
 
 def schema(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peftc.lang.library import load_pattern, pattern_names
+from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.lang.extensions import LIBRARY
+from peftc.lang.library import catalogue, load_pattern, pattern_names
 from peftc.patterns.ops import OPERATORS, PATTERN_OPS, WORDS
 
 
@@ -22,15 +24,22 @@ class Row:
         return {"name": self.name, "doc": self.doc, **self.more}
 
 
-def listed_patterns() -> list[Row]:
-    """The patterns of the library and of other packages. Raises `PeftcError` for one that does not load."""
+def listed_patterns() -> tuple[list[Row], list[Diagnostic]]:
+    """The patterns of the library and of other packages, and what is wrong with those that do not load."""
+    known = catalogue("patterns")
     rows: list[Row] = []
+    problems = [*known.problems, *known.clashes("pattern")]
     for name in pattern_names():
-        pattern = load_pattern(name)
+        try:
+            pattern = load_pattern(name)
+        except PeftcError as error:
+            problems += error.diagnostics
+            continue
         if pattern is not None:
-            doc, taps = " ".join(pattern.doc.split()), list(pattern.taps)
-            rows.append(Row(name, doc, f"{doc} Taps: {' '.join(taps)}", {"taps": taps, "dims": list(pattern.dims)}))
-    return rows
+            doc, taps, origin = " ".join(pattern.doc.split()), list(pattern.taps), known.origin(name)
+            text = f"{doc} Taps: {' '.join(taps)}" + ("" if origin == LIBRARY else f" ({origin})")
+            rows.append(Row(name, doc, text, {"taps": taps, "dims": list(pattern.dims), "from": origin}))
+    return rows, problems
 
 
 def listed_ops() -> list[Row]:

@@ -95,6 +95,8 @@ def test_listings_say_where_each_comes_from() -> None:
     assert (rules["squared_adapter"], rules["mam"]) == ("peftc-squared 0.1.0", "peftc")
     ops = {op["name"]: op["from"] for op in json.loads(CliRunner().invoke(app, ["ops", "--json"]).output)["ops"]}
     assert (ops["squared_relu"], ops["relu"]) == ("peftc-squared 0.1.0", "peftc")
+    patterns = {p["name"]: p["from"] for p in json.loads(CliRunner().invoke(app, ["patterns", "--json"]).output)}
+    assert (patterns["squared_ffn"], patterns["plain_ffn"]) == ("peftc-squared 0.1.0", "peftc")
     assert "(So et al. 2021) (peftc-squared 0.1.0)" in CliRunner().invoke(app, ["ops"]).output
 
 

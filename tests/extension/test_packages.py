@@ -89,9 +89,10 @@ def test_broken_package_of_rules_is_told_where_a_rule_or_form_is_missing(value: 
 def test_listings_show_the_rest_tell_the_broken_ones_and_end_with_2(site: Path) -> None:
     rule = "peftc: 1\nname: bad\nhyper: {r: 0}\ndeltas:\n  a: {at: ffn, modify: out, form: bottleneck}\n"
     files = {"broken/__init__.py": "", "broken/bad.yaml": rule, "broken/tables.py": "1 / 0"}
+    files["broken/patterns/bad.yaml"] = "peftc-pattern: 1\nname: bad\nmatch: ['out = lnear(x, W)']\n"
     points = {"peftc.rules": "it = broken", "peftc.ops": "it = broken.tables:OPS"}
     install(site, "peftc-broken", "2.0", points, files)
-    for command, code in (("rules", "E014"), ("ops", "E045")):
+    for command, code in (("rules", "E014"), ("ops", "E045"), ("patterns", "E007")):
         result = CliRunner().invoke(app, [command, "--json"])
         assert result.exit_code == 2
         assert len(json.loads(result.stdout)) > 2
