@@ -7,17 +7,22 @@ from typing import ClassVar
 
 from torch import fx
 
-from peftc.ir.program import Program
+from peftc.ir.program import Program, operand
 from peftc.ir.sites import Linear, Site, as_linear
 from peftc.locate.attention import find_attention
 from peftc.locate.blocks import assign_blocks, model_site
 from peftc.locate.ffn import find_ffn
 from peftc.locate.plain import find_plain
+from peftc.locate.walk import skip_back
+
+TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True, slots=True)
 class Locate:
-    """Find every site; roles of linear sites come from the attention or FFN they belong to."""
+    """Find every site; roles of linear sites come from the attention or FFN they belong to, those of embeddings from
+    what they look up.
+    """
 
     name: ClassVar[str] = "locate"
 
@@ -31,7 +36,7 @@ class Locate:
         taken = {linear.node for site in attention for linear in site.linears.values()}
         composed = [*attention, *find_ffn(program, linears, taken)]
         plain = find_plain(program, linears)
-        _assign_roles(composed, plain)
+        _assign_roles(program, composed, plain)
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         found = sorted([*composed, *plain], key=lambda site: order[_anchor(site)])
         blocks = assign_blocks(program, found)
@@ -42,8 +47,12 @@ def _anchor(site: Site) -> fx.Node:
     return site.taps["out"].node
 
 
-def _assign_roles(composed: list[Site], plain: list[Site]) -> None:
+def _assign_roles(program: Program, composed: list[Site], plain: list[Site]) -> None:
     roles = {linear.node: role for site in composed for role, linear in site.linears.items()}
+    tokens = {program.placeholders("input").get(name) for name in TOKEN_INPUTS}
     for site in plain:
         if site.kind == "linear":
             site.role = roles.get(site.linears["out"].node, "other")
+        elif site.kind == "embedding":
+            looked_up = skip_back(operand(site.taps["out"].node, 1))
+            site.role = "token" if looked_up in tokens else "other"

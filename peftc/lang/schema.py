@@ -27,7 +27,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max
 SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\??$", max_length=64)]
 Stack = Literal["encoder", "decoder"]
 Kind = Literal["self", "cross"]
-Role = Literal["q", "k", "v", "qkv", "o", "up", "gate", "gate_up", "down", "other"]
+Role = Literal["q", "k", "v", "qkv", "o", "up", "gate", "gate_up", "down", "token", "other"]
 LAYERS = rf"^\s*({RANGE})\s*$"
 BUDGET = rf"^\s*{PERCENT}\s*$"
 LayerKey = Annotated[str, StringConstraints(pattern=rf"^\s*(-?[0-9]{{1,6}}|{RANGE})\s*$")]
@@ -90,7 +90,7 @@ class WhereFile(_Model):
     )
     stack: Stack | list[Stack] | None = Field(None, description="encoder or decoder")
     kind: Kind | list[Kind] | None = Field(None, description="self- or cross-attention")
-    role: Role | list[Role] | None = Field(None, description="which linear layers, for `at: linear`")
+    role: Role | list[Role] | None = Field(None, description="which linear layers, for `at: linear`; token is the embedding of token ids")
     path: Words | None = Field(None, description="globs over module paths")
     condition: Expression | None = Field(
         None, alias="if", description="a condition over hyperparameters and the site's dimensions, such as d_ff > 1024"

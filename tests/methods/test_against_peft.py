@@ -214,6 +214,15 @@ def _ia3_config(family: str) -> Any:
     return peft.IA3Config(target_modules=targets, feedforward_modules=inner)
 
 
+def trainable_tokens(found: Layers) -> Tensors:
+    """peft trains the rows themselves; here what is added to them."""
+    values: Tensors = {}
+    for path, layer in found.items():
+        rows = layer.trainable_tokens_delta["default"]
+        values[f"{path}.peftc.tokens.v"] = rows - layer.base_layer.weight[layer.token_indices["default"]]
+    return values
+
+
 def _norms(family: str) -> Any:
     names = ["LayerNorm"] if family == "bert" else ["input_layernorm", "post_attention_layernorm", "norm"]
     return peft.LNTuningConfig(target_modules=names)
@@ -269,6 +278,14 @@ CASES = {
                  values={"g": 8}),
     "randlora": Case("randlora", "llama", _on_query_value("RandLoraConfig", r=6, randlora_alpha=12),
                      at_attention("randlora", randlora, randlora_shared), values={"r": 6, "alpha": 12.0}),
+    "trainable_tokens": Case(
+        "trainable_tokens", "llama",
+        lambda f: peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[11, 12, 13, 14]),
+        trainable_tokens, values={"first": 11, "n": 4}),
+    "trainable_tokens on BERT": Case(
+        "trainable_tokens", "bert",
+        lambda f: peft.TrainableTokensConfig(target_modules=["word_embeddings"], token_indices=[11, 12, 13, 14]),
+        trainable_tokens, values={"first": 11, "n": 4}),
     "llama_adapter": Case(
         "llama_adapter", "llama", lambda f: peft.AdaptionPromptConfig(adapter_len=5, adapter_layers=2),
         llama_adapter, result="kept", values={"l": 5}, same_count=False),
