@@ -7,6 +7,7 @@ differ by more than its tolerance fails.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,11 +48,11 @@ class Comparison:
     relative: float
     tolerance: float
     scale: float
-    """The largest magnitude of the unfolded output; beyond 1 the tolerance grows with it."""
+    """The largest finite magnitude of the unfolded output; beyond 1 the tolerance grows with it."""
 
     @property
     def holds(self) -> bool:
-        return self.absolute <= self.tolerance * max(1.0, self.scale)
+        return math.isfinite(self.absolute) and self.absolute <= self.tolerance * max(1.0, self.scale)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "holds": self.holds}
@@ -64,18 +65,27 @@ Run = Callable[[Inputs], Sequence["torch.Tensor"]]
 def compare(
     what: str, unfolded: Run, folded: Run, batches: Iterable[tuple[str, Inputs]], *, tolerance: float, dtype: str
 ) -> list[Comparison]:
-    """Run both on every batch. Rows of padding are left out where the batch has a mask."""
+    """Run both on every batch. Rows of padding are left out where the batch has a mask.
+
+    An entry that is no number on either side, or infinite on one, makes the difference so, and then nothing holds.
+    """
     results = []
     for label, inputs in batches:
-        absolute = scale = 0.0
+        differences, sizes = [0.0], [0.0]
         for a, b in zip(unfolded(inputs), folded(inputs), strict=True):
             if not a.is_floating_point():
                 continue
             a, b = real_rows(a.double(), inputs), real_rows(b.double(), inputs)
-            absolute = max(absolute, float((a - b).abs().max()))
-            scale = max(scale, float(a.abs().max()))
+            differences.append(float((a - b).abs().masked_fill(a == b, 0).max()))  # infinities that agree are equal
+            sizes.append(float(a.abs().masked_fill(a.isinf(), 0).max()))
+        absolute, scale = _largest(differences), _largest(sizes)
         results.append(Comparison(what, label, dtype, absolute, absolute / max(scale, 1e-30), tolerance, scale))
     return results
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest of `values`; NaN where one is, which Python's `max` may pass over."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
 
 
 def real_rows(value: torch.Tensor, inputs: Inputs) -> torch.Tensor:

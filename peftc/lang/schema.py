@@ -90,7 +90,9 @@ class WhereFile(_Model):
     )
     stack: Stack | list[Stack] | None = Field(None, description="encoder or decoder")
     kind: Kind | list[Kind] | None = Field(None, description="self- or cross-attention")
-    role: Role | list[Role] | None = Field(None, description="which linear layers, for `at: linear`; token is the embedding of token ids")
+    role: Role | list[Role] | None = Field(
+        None, description="which linear layers, for `at: linear`; token is the embedding of token ids"
+    )
     path: Words | None = Field(None, description="globs over module paths")
     condition: Expression | None = Field(
         None, alias="if", description="a condition over hyperparameters and the site's dimensions, such as d_ff > 1024"
