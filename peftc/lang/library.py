@@ -81,7 +81,7 @@ def _form(name: str, shown: str) -> Form:
 
 def read(item: Traversable, shown: str) -> str:
     """The text of a file; E001 when it is not UTF-8, E017 when it is too large."""
-    return read_text(item, shown) if isinstance(item, Path) else item.read_text(encoding="utf-8")
+    return read_text(item, shown)
 
 
 def shown_file(item: Traversable) -> str:

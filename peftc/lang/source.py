@@ -17,12 +17,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
 from peftc.diagnostics import Collector, Span, fail
 from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode, resolve_plain
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 MAX_BYTES = 128 * 1024
 MAX_EVENTS = 20_000
@@ -37,11 +40,11 @@ _PAGE = "a rule is a page of text: is this the file?"
 _BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
 
 
-def read_text(path: str | os.PathLike[str], shown: str | None = None) -> str:
+def read_text(path: str | os.PathLike[str] | Traversable, shown: str | None = None) -> str:
     """The text of a rule file; E001 when it cannot be read or is not UTF-8, E017 when it is too large."""
     name = shown or str(path)
     try:
-        with Path(path).open("rb") as stream:
+        with (Path(path) if isinstance(path, (str, os.PathLike)) else path).open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
         fail("E001", f"cannot read {name}: {error.strerror or error}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from extension.support import install, install_example
 from peftc.check import check
 from peftc.cli import app
 from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.lang import library
 from peftc.lang.loader import load_rule, parse_rule
 
 USES = 'peftc: 1\nname: t\ndeltas:\n  a: {at: ffn, modify: out, form: "cubed(x)"}\n'
@@ -104,6 +107,22 @@ def test_rule_file_that_is_not_text_is_a_mistake_of_the_file(site: Path) -> None
     (site / "broken" / "bad.yaml").write_bytes(b"peftc: 1\nname: \xff\n")
     with pytest.raises(PeftcError, match="the file is not UTF-8"):
         load_rule("bad")
+
+
+def test_package_in_a_zip_file_serves_and_is_held_to_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_example(tmp_path / "site")
+    (tmp_path / "site" / "peftc_squared" / "bad.yaml").write_bytes(b"peftc: 1\nname: \xff\n")
+    archive = shutil.make_archive(str(tmp_path / "package"), "zip", tmp_path / "site")
+    monkeypatch.syspath_prepend(archive)
+    library.forget()
+    try:
+        assert check(["squared_adapter"]).summary == "1 rule, 0 errors, 0 warnings"
+        assert [d.code for d in check(["bad"]).files[0].diagnostics] == ["E001"]
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "peftc_squared"]:
+            del sys.modules[name]
+        monkeypatch.undo()
+        library.forget()
 
 
 def test_name_of_the_library_in_a_package_is_an_error_that_names_both(site: Path) -> None:
