@@ -15,12 +15,13 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench reference lint format clean
+.PHONY: help install demo test test-all library bench reference lint format clean
 
 help:
 	@echo "make demo      adapt, train, fold and export a real pretrained model (all-MiniLM-L6-v2)"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the slow ones too"
+	@echo "make library   measure every rule anew, for the table of peftc rules"
 	@echo "make bench     the measurements"
 	@echo "make reference rules/REFERENCE.md and the tables in rules/README.md, from peftc's own tables"
 	@echo "make lint      ruff and pyright"
@@ -50,6 +51,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not bench"
+
+library: $(STAMP)
+	$(BIN)/python tests/measure.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m bench -s

@@ -29,7 +29,6 @@ from peftc.diagnostics import PeftcError, fail
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from peftc.lang.rule import Rule
 
 USER_ERROR, PARITY_FAILED, INTERRUPTED = 2, 3, 130
 
@@ -129,7 +128,7 @@ def apply(
     seed: Annotated[int, typer.Option(help="Seed of the deltas' initial values.")] = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Graft a rule's deltas into a model and write them as a delta directory; the model's weights are not read."""
+    """Graft a rule's deltas into a model and write them as a delta directory."""
     values = parse_sets(sets)
     from peftc import driver
     from peftc.progress import terminal_progress
@@ -207,43 +206,20 @@ def plan(
 
 @app.command(epilog="Example: [bold]peftc rules --json[/bold]")
 def rules(as_json: JsonOption = False) -> None:
-    """List the rules of the library, one line each."""
+    """List the rules of the library, one line each: what a rule is, and what was measured of it."""
     from peftc.lang.library import catalogue
     from peftc.lang.loader import survey
+    from peftc.library_table import entry, render
 
     found, problems = survey()
     origins = {name: catalogue("").origin(name) for name in found}
     if as_json:
-        _print_json(
-            [
-                {"name": name, "doc": r.doc, "paper": r.paper, "hyper": r.values, "from": origins[name]}
-                for name, r in found.items()
-            ]
-        )
+        _print_json([entry(name, rule, origins[name]) for name, rule in found.items()])
     else:
-        _print_rules(found, origins)
+        from rich.console import Console
+
+        render(Console(), found, origins)
     commands.end_with(problems)
-
-
-def _print_rules(found: dict[str, Rule], origins: dict[str, str]) -> None:
-    """A line for each rule, with the package it is from where some are not the library's."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = 240  # a pipe cuts no line
-    table = Table(box=None, pad_edge=False)
-    table.add_column("rule", style="bold", no_wrap=True, min_width=max(len(name) for name in found))
-    table.add_column("what it is", no_wrap=True, overflow="ellipsis")
-    table.add_column("hyperparameters", no_wrap=True, overflow="ellipsis")
-    extended = len({*origins.values()}) > 1
-    if extended:
-        table.add_column("from", no_wrap=True)
-    for name, rule in found.items():
-        hyper = " ".join(f"{name}={hyper.shown}" for name, hyper in rule.hyper.items())
-        table.add_row(name, " ".join(rule.doc.split()), hyper, *([origins[name]] if extended else []))
-    console.print(table)
 
 
 app.command(epilog="Example: [bold]peftc check mine.yaml --model MODEL_DIR[/bold]")(commands.check)

@@ -149,9 +149,9 @@ def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdo
     from peftc.lang.extensions import LIBRARY, extension_ops
     from peftc.lang.grammar import STATIC_CALLS
     from peftc.lang.op_shapes import shapes_of
-    from peftc.lang.ops import INITS, OPS
+    from peftc.lang.ops import INIT_OPS, INITS, OPS
 
-    tables = {"ops": OPS, "sizes": STATIC_CALLS, "inits": INITS}
+    tables = {"ops": OPS, "sizes": STATIC_CALLS, "inits": INITS, "init_ops": INIT_OPS}
     extra = extension_ops()
     origins = {name: extra.origin(name) for name in extra.items}
     if as_json:
@@ -165,7 +165,12 @@ def ops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdo
         return
     width = max(len(name) for table in tables.values() for name in table)
     shapes = max(len(text) for text in map(shapes_of, OPS))
-    titles = {"ops": "Ops, in `form`, `compose` and `let`", "sizes": "In sizes and conditions", "inits": "In `init`"}
+    titles = {
+        "ops": "Ops, in `form`, `compose` and `let`",
+        "sizes": "In sizes and conditions",
+        "inits": "In `init`, in the shape of the parameter",
+        "init_ops": "In `init`, over `weight`, `h` and parameters above, beside the ops",
+    }
     for position, (kind, table) in enumerate(tables.items()):
         typer.echo(("\n" if position else "") + f"{titles[kind]}:\n")
         for op in table.values():

@@ -55,19 +55,27 @@ def apply(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ApplyReport:
-    """Rewrite the model's graph by `rule` and write the delta directory `out`. No base weight is read."""
+    """Rewrite the model's graph by `rule` and write the delta directory `out`.
+
+    Of the base's weights only those are read that an `init` of the rule names, one at a time.
+    """
     from peftc.lang.loader import load_rule
     from peftc.pipeline import rewrite
     from peftc.runtime.api import base_reference, new_parameters
     from peftc.runtime.delta_dir import refuse_trained, write_directory
-    from peftc.runtime.init import initialize
+    from peftc.runtime.init import Initializer
+    from peftc.runtime.saved import SavedDeltas
     from peftc.store.atomic import check_target
+    from peftc.store.base_weights import BaseWeights
+    from peftc.store.model_dir import ModelDir
     from peftc.store.safetensors_io import TensorSpec, dtype_code
 
     progress = progress or NullProgress()
     resolved = load_rule(rule, sets)
     check_target(out, replace=True)
     refuse_trained(Path(out))
+    saved = SavedDeltas(ModelDir.open(model_dir))
+    saved.check(resolved)
     base, skeleton, program = _program(model_dir, head, num_labels, progress)
     progress.step(f"insert {resolved.name}")
     result = rewrite(program, resolved, fresh=new_parameters(base, skeleton))
@@ -83,7 +91,7 @@ def apply(
         plan=result,
         base=base_reference(base, head, num_labels, seed),
         entries=entries,
-        produce=lambda name: initialize(result.parameters[name], seed),
+        produce=Initializer(result.parameters, seed, BaseWeights(base, skeleton.model), saved),
         support=support,
         progress=progress.update,
     )

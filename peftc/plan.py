@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from peftc.budget import Spent, solve
 from peftc.diagnostics import Collector, did_you_mean, fail
 from peftc.dtypes import Dtypes
-from peftc.ir.program import DeltaParameter, Init, Program
+from peftc.ir.initial import Slot
+from peftc.ir.program import DeltaParameter, Program
 from peftc.ir.sites import Site
+from peftc.lang.init_graph import check_recipes
 from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
 from peftc.lang.static import evaluate_static
 from peftc.layered import check_layers, check_shared
@@ -26,6 +28,7 @@ from peftc.locate.walk import common_path
 from peftc.patterns.sites import Found, find
 from peftc.refer import Source, referred
 from peftc.select import condition_env, nearest_miss, selected
+from peftc.starts import start_of
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +89,11 @@ class Plan:
     def trainable(self) -> frozenset[str]:
         """Names of the parameters that train: deltas that are not frozen, and base parameters the rule trains."""
         return frozenset((*(name for name, p in self.parameters.items() if not p.frozen), *self.trained))
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """What the learning rate is multiplied by, by parameter, where that is not 1."""
+        return {name: p.lr for name, p in self.parameters.items() if p.lr != 1.0 and not p.frozen}
 
     @property
     def base_count(self) -> int:
@@ -155,7 +163,7 @@ def _planned(
                 span=delta.span_at("expect"),
                 help="`peftc sites` shows what the model has",
             )
-        edits.extend(_edits(rule, delta, sites, kinds, collector, located))
+        edits.extend(_edits(rule, program, delta, sites, kinds, collector, located))
     named = (name for name in base if name in fresh or _is_trained(rule, name))
     trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
     check_layers(rule, program.sites, collector)
@@ -171,6 +179,7 @@ def _planned(
     collector.raise_if_errors()
     plan = Plan(rule, tuple(edits), trained, sizes)
     _refuse_absurd(plan)
+    check_recipes(plan.parameters.values())
     return plan
 
 
@@ -188,7 +197,13 @@ def _is_trained(rule: Rule, name: str) -> bool:
 
 
 def _edits(
-    rule: Rule, delta: Delta, sites: list[Site], kinds: Dtypes, collector: Collector, every: Sequence[Site]
+    rule: Rule,
+    program: Program,
+    delta: Delta,
+    sites: list[Site],
+    kinds: Dtypes,
+    collector: Collector,
+    every: Sequence[Site],
 ) -> Iterable[Edit]:
     ranks = _ranks(sites)
     for tap in (tap for tap in delta.modify if tap not in delta.optional):
@@ -200,7 +215,7 @@ def _edits(
             statics = site_statics(rule, delta, site, tap, sources)
             edit = Edit(delta, site, tap, statics, sources=sources)
             for param in (*delta.form.params, *delta.params):
-                edit.parameters[param.name] = _parameter(delta, site, tap, param, sites, ranks, statics, kinds)
+                edit.parameters[param.name] = _parameter(program, edit, param, sites, ranks, kinds)
             yield edit
 
 
@@ -276,25 +291,20 @@ def _ranks(sites: list[Site]) -> dict[int, int]:
 
 
 def _parameter(
-    delta: Delta,
-    site: Site,
-    tap: str,
-    param: Param,
-    sites: list[Site],
-    ranks: dict[int, int],
-    statics: dict[str, Scalar],
-    kinds: Dtypes,
+    program: Program, edit: Edit, param: Param, sites: list[Site], ranks: dict[int, int], kinds: Dtypes
 ) -> DeltaParameter | None:
+    delta, site, statics = edit.delta, edit.site, edit.statics
     if param.condition is not None and not evaluate_static(param.condition, statics):
         return None
     shape = tuple(_size(delta, param, size, statics) for size in param.shape)
     owner, middle = _owner(param, site, sites)
     rank = ranks[id(site)] if param.share == "site" else 0
-    parts = [owner, "peftc", delta.name + (f"_{rank}" if rank else "")]
-    parts += [tap] if len(delta.modify) > 1 and not delta.sets else []
-    name = ".".join(part for part in (*parts, middle, param.name) if part)
-    kind = kinds.kind(param, name, site.taps[tap].node.meta["val"].dtype)
-    return DeltaParameter(name, shape, kind, _init(param, statics), param.frozen, delta.name)
+    several = len(delta.modify) > 1 and not delta.sets
+    slot = Slot(owner, delta.name, rank, edit.tap if several else "", middle)
+    name = slot.name(param.name)
+    kind = kinds.kind(param, name, site.taps[edit.tap].node.meta["val"].dtype)
+    start, rate = start_of(program, edit, param, slot, shape), _rate(param, statics)
+    return DeltaParameter(name, shape, kind, start, param.frozen, delta.name, rate)
 
 
 def _size(delta: Delta, param: Param, size: Expr, statics: dict[str, Scalar]) -> int:
@@ -310,6 +320,15 @@ def _size(delta: Delta, param: Param, size: Expr, statics: dict[str, Scalar]) ->
     return value
 
 
+def _rate(param: Param, statics: dict[str, Scalar]) -> float:
+    """What the learning rate is multiplied by."""
+    value = 1.0 if param.lr is None else evaluate_static(param.lr, statics)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        message = f"`lr` of `{param.name}` is {value}; it multiplies the learning rate, so it is a number from 0 on"
+        fail("E014", message, span=param.lr.span if param.lr else param.span, help="as in lr: 16")
+    return float(value)
+
+
 def _owner(param: Param, site: Site, sites: list[Site]) -> tuple[str, str]:
     """The module that holds a parameter, and what tells its share group from the others under that module."""
     if param.share == "site":
@@ -323,21 +342,6 @@ def _owner(param: Param, site: Site, sites: list[Site]) -> tuple[str, str]:
     if any(s.path[len(path) + 1 :].split(".")[0].isdigit() for s in same):
         path = path.rpartition(".")[0]  # a list of layers is no place for a parameter: take the module around it
     return path, site.stack if param.share == "stack" else f"{site.stack}_{site.variant or site.kind}"
-
-
-def _init(param: Param, statics: dict[str, Scalar]) -> Init:
-    import ast
-
-    tree = param.init.tree
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
-        numbers = [evaluate_static(Expr(ast.unparse(arg), arg, param.init.span, False), statics) for arg in tree.args]
-        return Init(tree.func.id, tuple(float(number) for number in numbers if isinstance(number, (int, float))))
-    if isinstance(tree, ast.Name) and tree.id not in statics:
-        return Init(tree.id)
-    value = evaluate_static(param.init, statics)
-    if not isinstance(value, (int, float)):
-        fail("E009", f"`init` of `{param.name}` is {value!r}, not a number", span=param.init.span)
-    return Init("constant", (float(value),))
 
 
 def _refuse_absurd(plan: Plan) -> None:

@@ -24,7 +24,7 @@ from peftc.lang.forms import needs
 from peftc.lang.json_schema import KINDS
 from peftc.lang.library import catalogue, load_form, load_pattern
 from peftc.lang.loader import load_rule
-from peftc.lang.ops import INITS, LIBRARY_OPS, Op
+from peftc.lang.ops import INIT_OPS, INITS, LIBRARY_OPS, Op
 from peftc.lang.rule import Rule
 from peftc.lang.schema import Expression, Name, Value, Word, Words
 from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES, TAPS
@@ -161,7 +161,8 @@ def _expressions() -> Iterator[str]:
     for heading, ops in (
         ("Ops", LIBRARY_OPS),
         ("In sizes and conditions", grammar.STATIC_CALLS),
-        ("In `init`", INITS),
+        ("In `init`, in the shape of the parameter", INITS),
+        ("In `init`, over `weight`, `h` and the parameters above, beside the ops", INIT_OPS),
     ):
         yield f"### {heading}\n\n" + _op_table(ops)
 

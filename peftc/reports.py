@@ -108,6 +108,7 @@ class PlanReport:
             **counts_json(self.plan),
             "parameters": {p.name: list(p.shape) for p in self.plan.parameters.values()},
             "trained_base": list(self.plan.trained),
+            "lr": self.plan.rates,
             "folds": folds_json(self.decisions),
         }
 
@@ -168,6 +169,11 @@ def render_deltas(console: Console, plan: Plan) -> None:
     if plan.trained:
         shown = ", ".join(plan.trained[:3]) + (f" and {len(plan.trained) - 3} more" if len(plan.trained) > 3 else "")
         console.print(f"trained as they are: {shown}")
+    rates: dict[tuple[str, float], list[str]] = {}
+    for name, rate in plan.rates.items():
+        rates.setdefault((name.rpartition(".")[2], rate), []).append(name)
+    for (name, rate), names in rates.items():
+        console.print(f"learning rate of {name} ({len(names)} tensors): {rate:g} times the base's")
     console.print(f"trains {plan.trained_count:,} of {plan.base_count:,} parameters ({plan.percent:.2f} %)")
     if plan.budget is not None:
         console.print(plan.budget.describe())

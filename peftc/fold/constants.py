@@ -11,7 +11,8 @@ from torch import fx
 from peftc.diagnostics import fail
 from peftc.fold.affine import Constant, Kind, classify
 from peftc.fold.evaluate import Read, evaluate
-from peftc.ir.program import DeltaParameter, Init, Insertion, Program, is_call, operand
+from peftc.ir.initial import Init
+from peftc.ir.program import DeltaParameter, Insertion, Program, is_call, operand
 
 aten = torch.ops.aten
 

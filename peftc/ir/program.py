@@ -19,6 +19,8 @@ import torch
 from torch import fx
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
+from peftc.ir.initial import Init
+
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.export import ExportedProgram
@@ -44,18 +46,6 @@ class Binding:
 
 
 @dataclass(frozen=True, slots=True)
-class Init:
-    """How a parameter starts: an entry of `peftc.lang.ops.INITS` with its numbers."""
-
-    name: str
-    arguments: tuple[float, ...] = ()
-
-    @property
-    def is_zero(self) -> bool:
-        return self.name == "zeros" or (self.name == "constant" and self.arguments == (0.0,))
-
-
-@dataclass(frozen=True, slots=True)
 class DeltaParameter:
     """A parameter that a delta brings: its state-dict name, shape, dtype and how it starts."""
 
@@ -65,6 +55,8 @@ class DeltaParameter:
     init: Init
     frozen: bool = False
     delta: str = ""
+    lr: float = 1.0
+    """What the base learning rate is multiplied by."""
 
     @property
     def numel(self) -> int:

@@ -1,18 +1,20 @@
 """Zero at the start: which deltas leave the model's outputs as they are before any training.
 
 An abstract interpretation of a delta's subgraph with three values: zero, h itself, anything else. Parameters whose
-`init` is zero are zero; products with zero are zero; h plus zero is h. What this proves holds bit for bit.
+`init` is zero are zero; products with zero are zero; h plus zero is h. A parameter that starts as a copy of another
+(`init: A`) is numbered as that one, so that the difference of equal values is zero. What this proves holds bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import fx
 
-from peftc.ir.program import Insertion, Program, is_call, operand
+from peftc.ir.program import DeltaParameter, Insertion, Program, is_call, operand
 
 aten = torch.ops.aten
 
@@ -37,6 +39,8 @@ _SHAPES = (
     aten.expand.default, aten.mean.dim, aten.sum.dim_IntList,
 )  # fmt: skip
 
+_RANDOM = (aten.dropout.default, aten.rand_like.default, aten.bernoulli.default)
+
 _PRODUCTS = (aten.mul.Tensor, aten.matmul.default, aten.einsum.default)
 
 
@@ -45,13 +49,51 @@ def starts_as_identity(program: Program, insertion: Insertion) -> bool:
     if insertion.lowering in ("concat", "prepend"):
         return False
     values: dict[fx.Node, Value] = {insertion.before: Value.H}
-    for name, node in program.placeholders("parameter").items():
+    placeholders = program.placeholders("parameter")
+    numbers: dict[fx.Node, Any] = {}
+    for name, node in placeholders.items():
         parameter = program.delta_parameters.get(name)
-        if parameter is not None and parameter.init.is_zero:
-            values[node] = Value.ZERO
+        if parameter is not None:
+            source = _source(parameter)
+            numbers[node] = placeholders.get(source.name, node)
+            if source.init.is_zero:
+                values[node] = Value.ZERO
     for node in insertion.nodes:
-        values.setdefault(node, _transfer(node, values, insertion.before.meta["val"].dtype))
+        numbers[node] = _number(node, numbers)
+        equal = is_call(node, aten.sub.Tensor) and not node.kwargs and _same(node, numbers)
+        values.setdefault(node, Value.ZERO if equal else _transfer(node, values, insertion.before.meta["val"].dtype))
     return values[insertion.after] is Value.H
+
+
+def _source(parameter: DeltaParameter) -> DeltaParameter:
+    """The parameter that this one is a copy of at the start, or itself."""
+    while (recipe := parameter.init.recipe) is not None and (copied := recipe.copied) is not None:
+        if copied.dtype != parameter.dtype or copied.shape != parameter.shape:
+            break
+        parameter = copied
+    return parameter
+
+
+def _number(node: fx.Node, numbers: dict[fx.Node, Any]) -> Any:
+    """A key that equal nodes share: the same op on the same operands; a random op equals itself alone."""
+    if is_call(node, *_RANDOM):
+        return node
+    args, kwargs = (_key(part, numbers) for part in (node.args, node.kwargs))
+    return node.target, args, kwargs
+
+
+def _key(value: Any, numbers: dict[fx.Node, Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return numbers.get(value, value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(item, numbers) for item in value)
+    if isinstance(value, Mapping):
+        return tuple(sorted((name, _key(item, numbers)) for name, item in value.items()))
+    return type(value), value
+
+
+def _same(node: fx.Node, numbers: dict[fx.Node, Any]) -> bool:
+    return len(node.args) == 2 and _key(node.args[0], numbers) == _key(node.args[1], numbers)
 
 
 def _transfer(node: fx.Node, values: dict[fx.Node, Value], dtype: torch.dtype) -> Value:

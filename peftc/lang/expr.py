@@ -72,6 +72,9 @@ def _walked(tree: ast.expr) -> tuple[dict[str, ast.Name], dict[str, ast.Name]]:
     nodes = list(ast.walk(tree))
     called = [node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     heads = {id(func) for func in called}
+    for node in nodes:  # `row.param` of load(d, row.param) names what is stored elsewhere
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "load":
+            heads |= {id(part) for argument in node.args[1:] for part in ast.walk(argument)}
     read: dict[str, ast.Name] = {}
     for node in nodes:
         if isinstance(node, ast.Name) and id(node) not in heads:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from peftc.diagnostics import Collector, Span, fail
 from peftc.lang.expr import name_nodes
+from peftc.lang.inits import FROZEN, check_init_names
 from peftc.lang.ops import INITS
 from peftc.lang.reading import Reader, Scope, form_scope, value, word
 from peftc.lang.rule import Attend, Expr, Form, Param, Scalar
@@ -80,7 +81,9 @@ def read_form(
     described = reader.fresh(node.get("params"), "a parameter of the form", {**(taken or {}), **described})
     reader.fresh(node.get("let"), "a `let` of the form", described)
     params = reader.params(node.get("params"), scope)
+    static = scope
     lets, scope = reader.lets(node.get("let"), scope)
+    check_init_names(reader, params, lets, static)
     dh, attend = reader.expr(node.get(key)), None
     reader.names(dh, scope)
     rows = node.get("attend")
@@ -139,8 +142,8 @@ def expressions(form: Form) -> list[Expr]:
 
 
 def param_expressions(param: Param) -> list[Expr]:
-    """Shape, init and condition of a parameter."""
-    return [*param.shape, param.init, *([param.condition] if param.condition else [])]
+    """Shape, init, condition and learning rate of a parameter."""
+    return [*param.shape, param.init, *(part for part in (param.condition, param.lr) if part is not None)]
 
 
 def needs(form: Form) -> dict[str, Expr]:
@@ -149,6 +152,7 @@ def needs(form: Form) -> dict[str, Expr]:
     found: dict[str, Expr] = {}
     for expr in expressions(form):
         for name in name_nodes(expr):
-            if name not in own and not (name in INITS and any(expr is param.init for param in form.params)):
+            of_init = name in (*INITS, *FROZEN) and any(expr is param.init for param in form.params)
+            if name not in own and not of_init:
                 found.setdefault(name, expr)
     return found

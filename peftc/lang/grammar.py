@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from peftc.diagnostics import Collector, Span, did_you_mean, fail
 from peftc.lang.arguments import check_arguments
 from peftc.lang.extensions import extension_ops
-from peftc.lang.ops import INITS, OPS, Op
+from peftc.lang.ops import INIT_OPS, INITS, OPS, Op
 from peftc.lang.rule import Expr, Scalar
 from peftc.lang.sites import COMPOSITIONS
 
@@ -25,7 +26,7 @@ MAX_EXPONENT = 64
 MAX_INT = 2**53
 
 Mode = Literal["tensor", "static", "init"]
-"""`tensor`: dh, let, compose. `static`: shape, if. `init`: a number or an initialiser."""
+"""`tensor`: dh, let, compose. `static`: shape, if. `init`: as `tensor`, with initialisers and ops of their own."""
 
 STATIC_CALLS = {
     "min": Op("min", (2, 8), "the smallest of its arguments"),
@@ -35,7 +36,7 @@ _ADMITTED = {
     "tensor": "admitted: + - * / @ **, numbers, names, ops, .T, [slices], and over static values // %, `a if c else b`,"
     " comparisons, and/or/not",
     "static": "admitted here: + - * / // % **, numbers, names, min, max, comparisons, and/or/not, `a if c else b`",
-    "init": "admitted here: a number, or one of " + ", ".join(sorted(INITS)),
+    "init": "admitted here: a number, one of " + ", ".join(sorted(INITS)) + ", or an expression over the weight",
 }
 _BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.FloorDiv: "//", ast.Mod: "%"}
 _COMPARE = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
@@ -61,11 +62,7 @@ _CALLED: dict[type[ast.AST], str] = {
 
 def check(expr: Expr, mode: Mode, words: Mapping[str, Scalar], collector: Collector) -> None:
     """Report what is outside the grammar: E011 (construct), E007 (op), E012 (arguments), E017 (numbers)."""
-    checker = _Checker(expr, mode, words, collector)
-    if mode == "init":
-        checker.init(expr.tree)
-    else:
-        checker.node(expr.tree)
+    _Checker(expr, mode, words, collector).node(expr.tree)
 
 
 def tree_of(source: str, span: Span | None, exact: bool) -> ast.expr:
@@ -151,14 +148,16 @@ class _Checker:
             self._compare(node)
         elif isinstance(node, ast.Call):
             self._call(node)
-        elif isinstance(node, ast.Attribute) and self.mode == "tensor":
+        elif isinstance(node, ast.Attribute) and self.mode != "static":
             self._attribute(node)
-        elif isinstance(node, ast.Subscript) and self.mode == "tensor":
+        elif isinstance(node, ast.Subscript) and self.mode != "static":
             self._subscript(node)
         elif isinstance(node, ast.UnaryOp):
             self._refuse(node, f"a leading `{'+' if isinstance(node.op, ast.UAdd) else '~'}`")
         elif not isinstance(node, ast.Name):
             self._refuse(node)
+        elif self.mode == "init" and node.id in INITS:
+            check_arguments(self.expr, node, INITS[node.id], self.collector)
 
     def _operand(self, node: ast.expr) -> None:
         """A static value, which may be a word."""
@@ -176,7 +175,7 @@ class _Checker:
             self.collector.error("E017", "the number is too large", span=self.expr.span_of(node), help=help)
 
     def _binary(self, node: ast.BinOp) -> None:
-        matmul = isinstance(node.op, ast.MatMult) and self.mode == "tensor"
+        matmul = isinstance(node.op, ast.MatMult) and self.mode != "static"
         if not matmul and type(node.op) not in _BINARY:
             self._refuse_operator(node)
             return
@@ -230,6 +229,9 @@ class _Checker:
             return
         op = self._op(node, node.func.id)
         arguments = list(node.args)
+        if self.mode == "init" and op is not None and op is INITS.get(op.name):  # a random draw takes numbers
+            _Checker(self.expr, "static", self.words, self.collector).each(arguments)
+            arguments = []
         for position, argument in enumerate(arguments):
             self._argument(op, position, argument)
         for keyword in node.keywords:
@@ -237,18 +239,27 @@ class _Checker:
                 self._refuse(keyword, "a star argument")
             else:
                 self.node(keyword.value)
-        if op is not None and not any(isinstance(a, ast.Starred) for a in arguments):
+        if op is not None and not any(isinstance(a, ast.Starred) for a in node.args):
             check_arguments(self.expr, node, op, self.collector)
 
     def _argument(self, op: Op | None, position: int, argument: ast.expr) -> None:
         spec = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
         if spec and op is not None and op.name == "einsum" and position == 0:
             return
-        if isinstance(argument, ast.List) and self.mode == "tensor":
-            for item in argument.elts:
-                self.node(item)
+        if self.mode == "init" and op is INIT_OPS["load"]:
+            self._load_argument(position, argument)
+        elif isinstance(argument, ast.List) and self.mode != "static":
+            self.each(argument.elts)
         else:
             self.node(argument)
+
+    def _load_argument(self, position: int, argument: ast.expr) -> None:
+        """A hyperparameter, which holds the place, and `row.param`."""
+        named = isinstance(argument, ast.Attribute) and isinstance(argument.value, ast.Name)
+        if not (named if position else isinstance(argument, ast.Name)):
+            help = "load(d, row.param): d is a hyperparameter, and --set d=DIR says where the stored delta lies"
+            what = "this" if position else "a place that is written in the rule"
+            self.collector.error("E011", f"{what} is not admitted", span=self.expr.span_of(argument), help=help)
 
     def _refuse_callee(self, func: ast.expr) -> None:
         if isinstance(func, ast.Attribute):
@@ -259,47 +270,47 @@ class _Checker:
 
     def _op(self, node: ast.Call, name: str) -> Op | None:
         """The op that is called; None after an error, or where only the word's value will tell."""
-        known = OPS if self.mode == "tensor" else STATIC_CALLS
-        if self.mode == "tensor" and isinstance(self.words.get(name), str):
+        known = _CALLS[self.mode]
+        if self.mode != "static" and isinstance(self.words.get(name), str):
             return OPS.get(str(self.words[name]))
-        clash = extension_ops().clash(name, "op") if self.mode == "tensor" else None
+        clash = extension_ops().clash(name, "op") if self.mode != "static" else None
         if clash is not None:
             self.collector.error(clash.code, clash.message, span=self.expr.span_of(node.func), help=clash.help)
             return None
-        if name not in known and name in (STATIC_CALLS if self.mode == "tensor" else OPS):
-            sized = self.mode == "tensor"
-            place = "only for sizes and conditions" if sized else "an op for tensors, not for sizes"
-            help = "`peftc ops` lists the ops for tensors" if sized else _ADMITTED[self.mode]
-            self.collector.error("E011", f"`{name}` is {place}", span=self.expr.span_of(node.func), help=help)
-        elif name not in known:
-            callable_words = [w for w, value in self.words.items() if value in OPS] if self.mode == "tensor" else []
-            near = did_you_mean(name, [*known, *callable_words]) or ""
-            if name in ("x", "h", "dh") or isinstance(self.words.get(name), (int, float)):
-                help = f"`{name}` is no op: to multiply, write `{name} * ...`"
-            elif name in COMPOSITIONS:
-                help = f"`{name}` is a composition by itself: compose: {name}"
-            else:
-                help = (
-                    near if near.startswith("did") or self.mode != "tensor" else "`peftc ops` lists the ops there are"
-                )
-            self.collector.error("E007", f"unknown op `{name}`", span=self.expr.span_of(node.func), help=help)
-            self.collector.extend_once(extension_ops().problems if self.mode == "tensor" else ())
+        if name not in known:
+            self._refuse_op(node, name, known)
         return known.get(name)
 
-    def init(self, node: ast.expr) -> None:
-        call = node if isinstance(node, ast.Call) else None
-        name = call.func if call else node
-        if not isinstance(name, ast.Name):
-            number = node.operand if isinstance(node, ast.UnaryOp) else node
-            if isinstance(number, ast.Constant) and type(number.value) in (int, float):
-                self._constant(number)
-            else:
-                self._refuse(node)
-            return
-        if name.id not in INITS:
-            span, help = self.expr.span_of(name), did_you_mean(name.id, INITS)
-            self.collector.error("E007", f"unknown init `{name.id}`", span=span, help=help)
-            return
-        for argument in call.args if call else ():
-            _Checker(self.expr, "static", self.words, self.collector).node(argument)
-        check_arguments(self.expr, call or node, INITS[name.id], self.collector)
+    def _refuse_op(self, node: ast.Call, name: str, known: Mapping[str, Op]) -> None:
+        span, help = self.expr.span_of(node.func), _ADMITTED[self.mode]
+        elsewhere = {
+            "an op for tensors, not for sizes": OPS,
+            "only for sizes and conditions": STATIC_CALLS,
+            "only for initial values, under `init`": INIT_OPS,
+        }
+        for place, table in elsewhere.items():
+            if name in table:
+                help = help if self.mode == "static" else "`peftc ops` lists the ops for tensors"
+                self.collector.error("E011", f"`{name}` is {place}", span=span, help=help)
+                return
+        callable_words = [] if self.mode == "static" else [w for w, value in self.words.items() if value in OPS]
+        near = did_you_mean(name, [*known, *callable_words]) or ""
+        if name in ("x", "h", "dh") or isinstance(self.words.get(name), (int, float)):
+            help = f"`{name}` is no op: to multiply, write `{name} * ...`"
+        elif name in COMPOSITIONS:
+            help = f"`{name}` is a composition by itself: compose: {name}"
+        else:
+            help = near if near.startswith("did") or self.mode == "static" else "`peftc ops` lists the ops there are"
+        self.collector.error("E007", f"unknown op `{name}`", span=span, help=help)
+        self.collector.extend_once(extension_ops().problems if self.mode != "static" else ())
+
+    def each(self, nodes: Iterable[ast.AST]) -> None:
+        for node in nodes:
+            self.node(node)
+
+
+_CALLS: dict[str, Mapping[str, Op]] = {
+    "tensor": OPS,
+    "static": STATIC_CALLS,
+    "init": ChainMap({}, INIT_OPS, OPS, INITS),  # pyright: ignore[reportArgumentType] -- read alone
+}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -21,6 +22,9 @@ from peftc.lang.tree import MAX_DIGITS, MappingNode, Node, ScalarNode, resolve_p
 
 SIZES = frozenset({"r", "l"})
 """Names that are sizes wherever they stand."""
+
+MAX_WORD = 1000
+"""Characters of a word that is set: the length of a path, say."""
 
 _BOUND = "change the value, or the bound under `hyper:`"
 _SIZE = "a size is a whole number from 1 on, as in r: 8"
@@ -147,15 +151,17 @@ def _set(hyper: Hyper, node: ScalarNode | None, given: object, collector: Collec
         message = f"`--set {hyper.name}={shown(str(given))}`: `{hyper.name}` must be {kind}"
         collector.error("E014", message, span=hyper.span)
         return hyper
-    return replace(hyper, value=converted, budget=None)
+    return replace(hyper, value=converted, budget=None, given=True)
 
 
 def _converted(given: object, kind: type) -> Scalar:
-    """`given` (typed, or text from a command line) as `kind`; None when it is not one."""
+    """`given` (typed, a path, or text from a command line) as `kind`; None when it is not one."""
+    if isinstance(given, os.PathLike):
+        given = os.fspath(given)
     if isinstance(given, str) and kind is not str:
         given = resolve_plain(given.strip())
     if kind is str:
-        return given if isinstance(given, str) and given and given.isprintable() and len(given) <= 200 else None
+        return given if isinstance(given, str) and given and given.isprintable() and len(given) <= MAX_WORD else None
     if kind is bool or isinstance(given, bool):
         return given if kind is bool and isinstance(given, bool) else None
     if kind is int:

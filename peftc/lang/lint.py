@@ -161,7 +161,7 @@ def _lint_sources(node: MappingNode, read: frozenset[str], collector: Collector)
 def _params(node: MappingNode) -> frozenset[str]:
     """Names that sizes, initial values and conditions of the `params` read."""
     parts = (value for _, value in _entries(node.get("params")) if isinstance(value, MappingNode))
-    return frozenset[str]().union(*(_names(part, "shape", "init", "if") for part in parts))
+    return frozenset[str]().union(*(_names(part, "shape", "init", "if", "lr") for part in parts))
 
 
 def _names(node: MappingNode, *keys: str) -> frozenset[str]:

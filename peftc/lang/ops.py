@@ -152,3 +152,21 @@ INITS: dict[str, Op] = {
     )
 }
 """`init:` values; fan_in is the last axis of the shape, fan_out the one before."""
+
+INIT_OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("svd_u", (2, 2), "the first r left singular vectors of a matrix, as columns: [m, n] to [m, r]"),
+        Op("svd_s", (2, 2), "the r largest singular values, falling: [m, n] to [r]"),
+        Op("svd_vt", (2, 2), "the first r right singular vectors, as rows: [m, n] to [r, n]"),
+        Op("qr_q", (1, 1), "Q of W = Q R, orthonormal columns: [m, n] to [m, min(m, n)]"),
+        Op("qr_r", (1, 1), "R of W = Q R, upper triangular with no negative diagonal: [m, n] to [min(m, n), n]"),
+        Op("sort", (1, 1), "entries in rising order along the last axis, or dim", ("dim",)),
+        Op("topk", (2, 2), "the k entries of largest magnitude of the whole tensor, the largest first"),
+        Op("topk_rows", (2, 2), "the rows (next to last axis) of a matrix where these k entries stand"),
+        Op("topk_columns", (2, 2), "the columns (last axis) where they stand"),
+        Op("topk_mask", (2, 2), "1 where one of these k entries stands, else 0"),
+        Op("load", (1, 2), "a tensor of the stored delta at --set d=DIR, at this site: load(d, row.param), or load(d)"),
+    )
+}
+"""Ops of `init:` alone. Every left singular vector has its entry of largest magnitude positive, so signs are fixed."""

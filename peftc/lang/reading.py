@@ -69,7 +69,8 @@ class Reader:
             self.collector.error("E011", message, span=expr.span_of(node), help=help)
 
     def params(self, node: Node | None, scope: Scope) -> tuple[Param, ...]:
-        """The `params:` of a form or a row; their expressions see static names only."""
+        """The `params:` of a form or a row; sizes and conditions see static names only, and what `init` may name is
+        checked in `peftc.lang.inits`."""
         if not isinstance(node, MappingNode):
             return ()
         found = (self._param(key, value, scope) for key, value in node.entries.values())
@@ -84,10 +85,9 @@ class Reader:
             return None
         shape = [self.expr(item, "static") for item in sizes.items]
         init, condition = self.expr(node.get("init"), "init"), self.expr(node.get("if"), "static")
-        for part in (*shape, condition):
+        lr = self.expr(node.get("lr"), "static")
+        for part in (*shape, condition, lr):
             self.names(part, static)
-        if init is not None:
-            self.names(init, static.with_static(init.tree.id) if isinstance(init.tree, ast.Name) else static)
         if init is None or None in shape:
             return None
         return Param(
@@ -98,6 +98,7 @@ class Reader:
             share=word(node.get("share")) or "site",  # pyright: ignore[reportArgumentType] -- the schema checked it
             frozen=value(node.get("frozen")) is True,
             condition=condition,
+            lr=lr,
             span=key.span,
         )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 
+from peftc.lang.inits import check_init_names
 from peftc.lang.reading import Scope
 from peftc.lang.rows import RowReader, keys_in, spans_of, values_of, whole
 from peftc.lang.rule import Delta, Expr, Form
@@ -37,7 +38,9 @@ class RewriteReader(RowReader):
         tensors = {*keys_in(node, "params"), *keys_in(node, "from"), *(taps - static)}
         scope = Scope(static, frozenset(tensors))
         params = reader.params(node.get("params"), scope)
+        before = scope
         lets, scope = reader.lets(node.get("let"), scope)
+        check_init_names(reader, params, lets, before)
         sets: dict[str, Expr] = {}
         optional: set[str] = set()
         spans = spans_of(node)
@@ -52,11 +55,12 @@ class RewriteReader(RowReader):
             spans[f"set.{name}"] = place.span
             optional |= {name} if place.text.endswith("?") else set()
         compose = Expr("h", ast.Name("h"), key.span, exact=False)
-        return Delta(
+        delta = Delta(
             key.text, at, tuple(sets), "parallel", Form(""), compose, arguments, self.where(node.get("where")),
             params, lets, None, whole(node.get("expect")), key.span, spans,
             sources=self._sources(node), sets=sets, optional=frozenset(optional),
         )  # fmt: skip
+        return self.started(delta, static)
 
     def _set(self, node: MappingNode) -> list[tuple[str, ScalarNode, ScalarNode]]:
         """The taps under `set:` that are taps of every site, with the places of their names, and the expressions."""

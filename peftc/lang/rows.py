@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from peftc.diagnostics import Collector, PeftcError, Span, did_you_mean
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
 from peftc.lang.forms import param_expressions, read_form
+from peftc.lang.inits import check_init_names, check_weights, places_of
 from peftc.lang.kinds import Kinds
 from peftc.lang.layers import selector
 from peftc.lang.library import catalogue, form_names, load_form
@@ -58,7 +59,10 @@ class RowReader:
         taken = reader.fresh(node.get("params"), "a parameter of the row", taken)
         reader.fresh(node.get("let"), "a `let` of the row", taken)
         params = reader.params(node.get("params"), scope)
+        plain = scope
         lets, scope = reader.lets(node.get("let"), scope.with_tensors("dh", *(form.let if form else ())))
+        above = {**dict.fromkeys(param.name for param in form.params), **form.let} if form else {}
+        check_init_names(reader, params, {**(form.let if form else {}), **lets}, plain, above)
         compose = self._compose(node, reader, scope, lets, key)
         where = self.where(node.get("where"), self.kinds.common_dims(node))
         insert = self._insert(node)
@@ -84,7 +88,13 @@ class RowReader:
             sources=self._sources(node),
         )
         check_composition(delta, self.collector)
-        return delta
+        return self.started(delta, {*self.declared, *arguments, *form.args})
+
+    def started(self, delta: Delta, static: Collection[str]) -> Delta:
+        """The delta with the places its starts read from, once what they read has been checked."""
+        check_weights(delta, static, self.collector)
+        places = places_of(delta, self.hypers, self.collector)
+        return replace(delta, places=places) if places else delta
 
     def _reader(self, given: Mapping[str, Scalar]) -> Reader:
         return Reader(self.collector, {**given, **{name: hyper.value for name, hyper in self.hypers.items()}})

@@ -85,6 +85,8 @@ class Hyper:
     """Of those that name a layer the last one holds."""
     budget: Budget | None = None
     """The value is the largest with which the rule trains no more than this; the planner finds it."""
+    given: bool = False
+    """Whether the value was set from outside, and does not stand in the rule."""
 
     def at(self, layer: int, count: int) -> Scalar:
         """The value in a layer of a stack of `count`; -1 is outside of layers."""
@@ -102,7 +104,8 @@ class Hyper:
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """A trainable (or `frozen`) tensor of a delta; `shape` and `condition` are expressions over static names."""
+    """A trainable (or `frozen`) tensor of a delta; `shape` and `condition` are expressions over static names, `init`
+    over these, the frozen tensors `weight` and `h`, and the parameters above it."""
 
     name: str
     shape: tuple[Expr, ...]
@@ -111,6 +114,8 @@ class Param:
     share: Share = "site"
     frozen: bool = False
     condition: Expr | None = None
+    lr: Expr | None = None
+    """What the base learning rate is multiplied by (default 1), over static names."""
     span: Span | None = None
 
 
@@ -190,6 +195,8 @@ class Delta:
     """An entry of `rewrite:`: what becomes of each tap of `modify`. Its `form` is empty and `compose` is not read."""
     optional: frozenset[str] = frozenset()
     """Taps of `sets` that a site may lack."""
+    places: dict[str, str | None] = field(default_factory=dict)
+    """What `load` reads from: each name to the directory given with --set, or None where none was."""
 
     def span_at(self, key: str) -> Span | None:
         return self.spans.get(key, self.span)

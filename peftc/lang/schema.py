@@ -59,7 +59,8 @@ class ParamFile(_Model):
 
     shape: list[Expression] = Field(description="a list of sizes over hyperparameters and dimensions: [r, d_in]")
     init: Expression = Field(
-        description="its initial value: a number, or zeros, normal(0.02), ...; `peftc ops` lists them"
+        description="its initial value: a number, zeros, normal(0.02), ..., or an expression over `weight` and the"
+        " parameters above; `peftc ops` lists what it can call"
     )
     dtype: Literal["float64", "float32", "float16", "bfloat16", "base"] | None = Field(
         None,
@@ -70,6 +71,9 @@ class ParamFile(_Model):
         "site", description="which sites use one and the same tensor"
     )
     frozen: bool = Field(False, description="stored, but not trained")
+    lr: Expression | None = Field(
+        None, description="what the learning rate is multiplied by for this tensor, 1 where nothing is said"
+    )
     condition: Expression | None = Field(
         None, alias="if", description="where this is false there is no such tensor: its name is None in expressions"
     )

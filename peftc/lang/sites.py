@@ -38,3 +38,13 @@ DIMS = (
 
 INSERTIONS = ("parallel", "sequential")
 COMPOSITIONS = ("add", "gate", "prepend")
+
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "attention": ("q", "k", "v", "out"),
+    "ffn": ("gate", "up", "out"),
+    "linear": ("x", "out", "weight", "bias"),
+    "conv": ("x", "out", "weight", "bias"),
+    "embedding": ("out", "weight"),
+    "norm": ("x", "out", "weight", "bias"),
+}
+"""The taps of each kind of site behind which one stored weight stands, which `init` may read as `weight`."""

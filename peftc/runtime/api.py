@@ -14,8 +14,9 @@ from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.lang.loader import load_rule
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.delta_dir import DeltaDir, check_names
-from peftc.runtime.graph_model import Surgery, attach
-from peftc.runtime.init import initialize
+from peftc.runtime.graph_model import Surgery, attach, state_of
+from peftc.runtime.init import Initializer
+from peftc.runtime.saved import SavedDeltas
 from peftc.store.heads import resolve
 from peftc.store.keys import key_map
 from peftc.store.model_dir import ModelDir
@@ -48,9 +49,12 @@ def apply(
     base = ModelDir.open(model_dir)
     base.refuse_adapted()
     base.require_weights()
+    saved = SavedDeltas(base)
+    saved.check(resolved)
     model, cls = load_base(base, head, num_labels, seed, dtype)
     surgery = operate(model, cls, resolved, base_reference(base, head, num_labels, seed), base)
-    values = {name: initialize(parameter, seed) for name, parameter in surgery.plan.parameters.items()}
+    start = Initializer(surgery.plan.parameters, seed, state_of(model).__getitem__, saved)
+    values = {name: start(name) for name in surgery.plan.parameters}
     return attach(model, surgery, values).eval()
 
 

@@ -210,5 +210,6 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         **({"budget": asdict(plan.budget)} if plan.budget is not None else {}),
         "trained_base": list(plan.trained),
         "deltas": deltas,
+        "lr": plan.rates,
         **({"ops_from": packages} if packages else {}),
     }

@@ -14,7 +14,7 @@ from peftc.check import check
 from peftc.cli import app
 from peftc.explain import ENTRIES, Entry
 from peftc.lang.grammar import STATIC_CALLS
-from peftc.lang.ops import INITS, OPS
+from peftc.lang.ops import INIT_OPS, INITS, OPS
 
 ROOT = Path(__file__).parents[2]
 RULES = [code for code, entry in ENTRIES.items() if entry.example == "rule"]
@@ -112,7 +112,7 @@ def test_unknown_code_is_told_with_a_near_one(code: str, help: str) -> None:
 def test_ops_lists_every_op_and_initial_value() -> None:
     lines = CliRunner().invoke(app, ["ops"]).output.splitlines()
     names = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert names == [*OPS, *STATIC_CALLS, *INITS]
+    assert names == [*OPS, *STATIC_CALLS, *INITS, *INIT_OPS]
     found = json.loads(CliRunner().invoke(app, ["ops", "--json"]).output)
     linear = {"name": "linear", "arity": [2, 3], "doc": OPS["linear"].doc, "keywords": [], "from": "peftc"}
     assert found["ops"][0] == {**linear, "shapes": "[.., i], [o, i], [o] -> [.., o]"}

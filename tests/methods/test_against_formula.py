@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from recording import record
 from torch import Tensor
 
 from methods.harness import Folded, Tensors, apply_rule, difference, output, scramble, tiny
@@ -101,6 +102,6 @@ def test_rule_computes_its_formula(name: str, base: Path) -> None:
     expected = output(hooked(modules, edit, deltas))
     assert difference(expected, output(tiny("bert"))) > 1e-2
     apart = difference(output(ours), expected)
-    print(f"{name}: outputs {apart:.1e}")
+    record(name, "its formula in torch", WORST, outputs=apart)
     assert apart <= WORST
     assert Folded.of(ours).results == {result}

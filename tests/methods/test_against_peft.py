@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from recording import record
 from torch import Tensor
 
 from methods.harness import (
@@ -121,6 +122,14 @@ def oft(layer: Any) -> Tensors:
     return {"v": layer.oft_R["default"].weight}
 
 
+def boft(layer: Any) -> Tensors:
+    """peft's matrices are skewed as (R - Rᵀ) / 2; the rule has the entries above the diagonal alone."""
+    R = layer.boft_R["default"]
+    above = torch.triu_indices(R.shape[-1], R.shape[-1], 1)
+    skewed = 0.5 * (R - R.transpose(-1, -2))
+    return {"v": skewed[..., above[0], above[1]], "g": layer.boft_s["default"].squeeze(-1)}
+
+
 def hra(layer: Any) -> Tensors:
     """The frozen start is what peft starts from; here it is nothing, and V holds all."""
     u = layer.hra_u["default"].T
@@ -208,6 +217,20 @@ def llama_adapter(found: Layers) -> Tensors:
     return values
 
 
+def _boft_config(family: str) -> Any:
+    """peft leaves the butterfly out where its CUDA kernel, a batch of block diagonals, is not there: here it is."""
+    from peft.tuners.boft import layer
+
+    class BlockDiagonal:
+        @staticmethod
+        def apply(blocks: Tensor) -> Tensor:
+            return torch.stack([torch.block_diag(*one) for one in blocks])
+
+    layer.get_fbd_cuda = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
+    layer.FastBlockDiag = BlockDiagonal  # pyright: ignore[reportAttributeAccessIssue]
+    return peft.BOFTConfig(target_modules=QUERY_VALUE[family], boft_block_size=4, boft_n_butterfly_factor=3)
+
+
 def _ia3_config(family: str) -> Any:
     bert = (r".*\.(key|value)|.*layer\.\d\.output\.dense", r".*layer\.\d\.output\.dense")
     targets, inner = bert if family == "bert" else (["k_proj", "v_proj", "down_proj"], ["down_proj"])
@@ -243,6 +266,8 @@ CASES = {
                  values={"r": 4, "alpha": 6.0}),
     "rslora": Case("rslora", "bert", _on_query_value("LoraConfig", r=4, lora_alpha=6, use_rslora=True),
                    at_attention("lora", lora), values={"r": 4, "alpha": 6.0}),
+    "loraplus": Case("loraplus", "bert", _on_query_value("LoraConfig", r=4, lora_alpha=6), at_attention("lora", lora),
+                     values={"r": 4, "alpha": 6.0}),
     "lora_linear": Case(
         "lora_linear", "bert",
         lambda f: peft.LoraConfig(target_modules=ALL_LINEAR[f], r=4, lora_alpha=6, lora_bias=True, lora_dropout=0.1),
@@ -264,6 +289,7 @@ CASES = {
     "hira": Case("hira", "bert", _on_query_value("HiraConfig", r=4), at_linear("hira", hira), values={"r": 4}),
     "oft": Case("oft", "llama", _on_query_value("OFTConfig", r=0, oft_block_size=8, use_cayley_neumann=False),
                 at_linear("oft", oft), values={"b": 8}),
+    "boft": Case("boft", "llama", _boft_config, at_linear("boft", boft), values={"b": 4, "m": 3}, same_count=False),
     "hra": Case("hra", "bert", _on_query_value("HRAConfig", r=4), at_linear("hra", hra), values={"r": 4}),
     "adalora": Case("adalora", "llama",
                     lambda f: peft.AdaLoraConfig(target_modules=ALL_LINEAR[f], init_r=4, lora_alpha=6, total_step=10),
@@ -343,7 +369,10 @@ def test_rule_computes_and_merges_what_peft_does(name: str, bases: Callable[[str
         merged = theirs.merge_and_unload().state_dict()
         weights = max(difference(folded.state(key), value) for key, value in merged.items())
         assert difference(output(folded.into(tiny(case.family))), expected) <= WORST
-    print(f"{name}: outputs {apart:.1e}, weights {weights:.1e}, gradients {slope:.1e}")
+    kept = {"weights": weights} if case.result == "merged" else {}
+    kept |= {"gradients": slope} if case.same_gradient else {}
+    config = type(theirs.peft_config["default"]).__name__
+    record(case.rule, f"peft {peft.__version__} {config}", WORST, outputs=apart, **kept)
     assert apart <= WORST
     assert weights <= WORST
     assert slope <= WORST or not case.same_gradient

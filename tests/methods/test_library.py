@@ -15,10 +15,12 @@ RULES = Path(__file__).parents[2] / "rules"
 
 def test_every_rule_of_the_library_has_a_reference() -> None:
     pytest.importorskip("peft")
+    from methods import test_starts as starts
     from methods.test_against_peft import CASES
     from methods.test_prompts_against_peft import RULES as PROMPTS
 
     held = {case.rule for case in CASES.values()} | set(FORMULAS) | set(METHODS) | set(PROMPTS)
+    held |= {*starts.RULES, *starts.OTHERS, "adapter_fusion", "lora_mix"}  # the last two in runtime/
     assert held == {file.stem for file in RULES.glob("*.yaml")}
 
 

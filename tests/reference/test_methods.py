@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from recording import record
 
 import peftc
 from reference.case import Case
-from reference.compare import Hyper, assert_equal
+from reference.compare import TOLERANCE, Hyper, assert_equal
 from reference.methods import METHODS
 
 ADAPTER: Hyper = {"r": 5, "f": "relu", "bias": True}
@@ -53,6 +54,7 @@ def test_every_reference_is_of_a_rule_of_the_library() -> None:
 )
 def test_rule_equals_its_reference(rule: str, hyper: Hyper, case: Case) -> None:
     model = peftc.apply(rule, case.directory, set=hyper, seed=0)
-    assert_equal(model, case, METHODS[rule], hyper)
+    found = assert_equal(model, case, METHODS[rule], hyper)
+    record(rule, "modules in plain torch", TOLERANCE, **found)
     if rule == "full":
         assert all(parameter.requires_grad for parameter in model.parameters())
