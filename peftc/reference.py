@@ -28,6 +28,7 @@ from peftc.lang.ops import INIT_OPS, INITS, LIBRARY_OPS, Op
 from peftc.lang.rule import Rule
 from peftc.lang.schema import Expression, Name, Value, Word, Words
 from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES, TAPS
+from peftc.library_table import Measured, measured
 
 _NAMED = {
     Expression: "expression",
@@ -204,8 +205,12 @@ def methods() -> str:
         starts = {case.identity for case in rule.tests} - {None}
         mark = " *" if starts == {True} else ""
         doc = " ".join(rule.doc.split())
-        rows.append((f"`{name}`{mark}", doc, "; ".join(changes), ", ".join(results), rule.paper))
-    return table(("rule", "what it is", "changes", "merge gives", "from"), rows)
+        found = measured().get(name, Measured())
+        trains = "" if found.percent is None else f"{found.percent:.2f} %"
+        held = found.references[0].to if found.references else ""
+        cells = "; ".join(changes), trains, ", ".join(results), held, rule.paper
+        rows.append((f"`{name}`{mark}", doc, *cells))
+    return table(("rule", "what it is", "changes", "trains", "merge gives", "held to", "from"), rows)
 
 
 def library_rules() -> dict[str, Rule]:
