@@ -115,7 +115,8 @@ def _cells(name: str, rule: Rule) -> dict[str, str]:
     from rich.markup import escape
 
     found = measured().get(name, Measured())
-    first = found.references[0] if found.references else None
+    ordered = sorted(found.references, key=lambda reference: not reference.to.startswith("peft"))
+    first = ordered[0] if ordered else None
     cells = {
         "rule": name,
         "what it is": " ".join(rule.doc.split()),
