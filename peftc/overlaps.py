@@ -30,14 +30,14 @@ def overlaps(plan: Plan) -> list[Overlap]:
 
     A value can be a tap of several sites, such as `out` of an attention and of its last linear layer.
     """
-    at_value: dict[Any, list[Edit]] = {}
+    at_value: dict[Any, list[tuple[str, Edit]]] = {}
     for edit in plan.edits:
-        tap = edit.site.taps[edit.tap]
-        at_value.setdefault((tap.node, tap.user), []).append(edit)
+        for name, tap in edit.written:
+            at_value.setdefault((tap.node, tap.user), []).append((name, edit))
     groups: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for edits in at_value.values():
         if len(edits) > 1:
-            taps = dict.fromkeys(f"{edit.site.kind}.{edit.tap}" for edit in edits)
-            key = tuple(edit.delta.name for edit in edits), " = ".join(taps)
-            groups.setdefault(key, []).append(edits[0].site.path)
+            taps = dict.fromkeys(f"{edit.site.kind}.{name}" for name, edit in edits)
+            key = tuple(edit.delta.name for _, edit in edits), " = ".join(taps)
+            groups.setdefault(key, []).append(edits[0][1].site.path)
     return [Overlap(deltas, tap, tuple(places)) for (deltas, tap), places in groups.items()]

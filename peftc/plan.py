@@ -19,7 +19,7 @@ from peftc.diagnostics import Collector, did_you_mean, fail
 from peftc.dtypes import Dtypes
 from peftc.ir.initial import Slot
 from peftc.ir.program import DeltaParameter, Program
-from peftc.ir.sites import Site
+from peftc.ir.sites import Site, Tap
 from peftc.lang.init_graph import check_recipes
 from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
 from peftc.lang.static import evaluate_static
@@ -58,6 +58,12 @@ class Edit:
     def label(self) -> str:
         several = len(self.delta.modify) > 1 and not self.delta.sets
         return f"{self.delta.name}.{self.tap}" if several else self.delta.name
+
+    @property
+    def written(self) -> list[tuple[str, Tap]]:
+        """The taps that it changes: one, or those of an entry of `rewrite` that the site has."""
+        series = {**{name: (tap,) for name, tap in self.site.taps.items()}, **self.site.series}
+        return [(name, tap) for name in self.delta.sets or (self.tap,) for tap in series.get(name, ())]
 
 
 @dataclass(frozen=True, slots=True)

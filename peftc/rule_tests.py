@@ -152,11 +152,12 @@ class _Trial:
         forbidden = described(self.case.forbidden, rule, program.sites)
         if not forbidden:
             self.tell("missing", "not", "sites that a row could touch", "the model has no such site")
-        touched = [(edit, site) for edit in plan.edits for site in forbidden if _touches(edit, site)]
+        pairs = [(edit, site) for edit in plan.edits for site in forbidden]
+        touched = [(edit, site, tap) for edit, site in pairs if (tap := _touched(edit, site))]
         if touched:
-            edit, site = touched[0]
+            edit, site, tap = touched[0]
             more = f" (and {len(touched) - 1} more)" if len(touched) > 1 else ""
-            found = f"row `{edit.delta.name}` changes `{edit.tap}` of {site.describe()}{more}"
+            found = f"row `{edit.delta.name}` changes `{tap}` of {site.describe()}{more}"
             self.tell("noisy", "not", "no row touches such a site", found)
 
     def _compute(self, subject: Subject, program: Program, plan: Plan, rule: Rule) -> None:
@@ -302,13 +303,16 @@ _MADE_BY = {
 """Which linear of an attention or an FFN makes the value of a tap."""
 
 
-def _touches(edit: Edit, site: Site) -> bool:
-    """Whether the edit changes a value or a weight of the site; what the site only reads is not its own."""
+def _touched(edit: Edit, site: Site) -> str | None:
+    """The first tap of the edit that is a value or a weight of the site; what the site only reads is not its own."""
     if edit.site is site:
-        return True
+        return edit.tap
     own = {tap.node for name, tap in site.taps.items() if name not in ("x", "ctx")}
-    linears = [edit.site.linears[role] for role in _MADE_BY.get(edit.tap, ()) if role in edit.site.linears]
-    return edit.site.taps[edit.tap].node in own or any(linear.weight in own for linear in linears)
+    for name, tap in edit.written:
+        linears = [edit.site.linears[role] for role in _MADE_BY.get(name, ()) if role in edit.site.linears]
+        if tap.node in own or any(linear.weight in own for linear in linears):
+            return name
+    return None
 
 
 def _sites(count: int) -> str:

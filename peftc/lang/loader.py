@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean, fail
@@ -33,7 +33,7 @@ from peftc.lang.rule import Delta, Expr, Glob, Hyper, Rule
 from peftc.lang.schema import RuleFile, check
 from peftc.lang.shapes.check import check_row
 from peftc.lang.source import compose, read_text
-from peftc.lang.tree import MappingNode
+from peftc.lang.tree import MappingNode, Node, ScalarNode
 from peftc.lang.uses import size_names
 
 __all__ = ["form_names", "list_rules", "load_form", "load_rule", "parse_rule", "rule_source", "survey"]
@@ -104,8 +104,7 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     kinds = kinds_of(tree.get("patterns"), collector)
     own = local_forms(tree.get("forms"), collector)
     rows = RowReader(file, values, names, collector, kinds, written, own)
-    deltas = _deltas(tree, rows)
-    deltas += _rewrites(tree, RewriteReader(file, values, names, collector, kinds, written))
+    deltas = _rows(tree, rows, RewriteReader(file, values, names, collector, kinds, written))
     _check_sizes(deltas, values, collector)
     _check_shapes([delta for delta in deltas if delta.name in rows.sound], values, collector)
     train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
@@ -145,41 +144,44 @@ def _resolved(tree: MappingNode, values: Mapping[str, Hyper]) -> str:
     return emit.emit(tree)
 
 
-def _deltas(tree: MappingNode, reader: RowReader) -> tuple[Delta, ...]:
-    rows = tree.get("deltas")
+def _rows(tree: MappingNode, reader: RowReader, rewriter: RewriteReader) -> tuple[Delta, ...]:
+    """The rows of `deltas` and the entries of `rewrite`, in one order; E023 for a name that both have."""
+    rows, entries = _named(tree, "deltas"), _named(tree, "rewrite")
     found: list[Delta] = []
-    if not isinstance(rows, MappingNode):
-        return ()
-    nodes = {name: node for name, (_, node) in rows.entries.items()}
-    for key, node in (rows.entries[name] for name in ordered(nodes, reader.collector)):
-        before = len(reader.collector.errors)
-        delta = reader.row(key, node) if isinstance(node, MappingNode) else None
-        if delta is not None:
-            found.append(delta)
-        if len(reader.collector.errors) == before:
-            reader.sound.add(key.text)
+    for name in ordered({name: node for name, (_, node) in (rows | entries).items()}, reader.collector):
+        if name in rows:
+            found += _row(*rows[name], reader)
+        if name in entries:
+            found += _entry(*entries[name], rewriter, rows)
     return tuple(found)
 
 
-def _rewrites(tree: MappingNode, reader: RewriteReader) -> tuple[Delta, ...]:
-    """The entries of `rewrite:`, as rows; E023 for a name that a row of `deltas` has."""
-    entries, rows = tree.get("rewrite"), tree.get("deltas")
-    found: list[Delta] = []
-    for key, node in entries.entries.values() if isinstance(entries, MappingNode) else ():
-        if isinstance(rows, MappingNode) and key.text in rows.entries:
-            message, help = f"`{key.text}` already names a row of `deltas`", "choose another name"
-            reader.collector.error("E023", message, span=key.span, help=help)
-        delta = reader.entry(key, node) if isinstance(node, MappingNode) else None
-        if delta is not None:
-            found.append(delta)
-    return tuple(found)
+def _row(key: ScalarNode, node: Node, reader: RowReader) -> list[Delta]:
+    before = len(reader.collector.errors)
+    delta = reader.row(key, node) if isinstance(node, MappingNode) else None
+    if len(reader.collector.errors) == before:
+        reader.sound.add(key.text)
+    return [delta] if delta is not None else []
+
+
+def _entry(key: ScalarNode, node: Node, reader: RewriteReader, rows: Container[str]) -> list[Delta]:
+    if key.text in rows:
+        message, help = f"`{key.text}` already names a row of `deltas`", "choose another name"
+        reader.collector.error("E023", message, span=key.span, help=help)
+    delta = reader.entry(key, node) if isinstance(node, MappingNode) else None
+    return [delta] if delta is not None else []
+
+
+def _named(tree: MappingNode, key: str) -> dict[str, tuple[ScalarNode, Node]]:
+    found = tree.get(key)
+    return dict(found.entries) if isinstance(found, MappingNode) else {}
 
 
 def _written_params(tree: MappingNode) -> dict[str, frozenset[str]]:
     """The names under `params:` of each row and each entry of `rewrite`."""
     found: dict[str, frozenset[str]] = {}
-    for rows in (tree.get("deltas"), tree.get("rewrite")):
-        for name, (_, row) in rows.entries.items() if isinstance(rows, MappingNode) else ():
+    for key in ("deltas", "rewrite"):
+        for name, (_, row) in _named(tree, key).items():
             params = row.get("params") if isinstance(row, MappingNode) else None
             found[name] = frozenset(params.entries) if isinstance(params, MappingNode) else frozenset()
     return found

@@ -1,4 +1,4 @@
-"""The order of rows: that of the file, but for what `before` and `after` ask.
+"""The order of rows: that of the file, but for what `before` and `after` ask. Entries of `rewrite` follow the rows.
 
 Several deltas on one tap are composed one after the other, so their order is part of what a rule computes.
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 
+from peftc.lang.complaints import shown
+from peftc.lang.expr import calls_in, name_nodes
+from peftc.lang.forms import param_expressions
 from peftc.lang.inits import check_init_names
 from peftc.lang.reading import Scope
 from peftc.lang.rows import RowReader, keys_in, spans_of, values_of, whole
-from peftc.lang.rule import Delta, Expr, Form
+from peftc.lang.rule import Delta, Expr, Form, Param
 from peftc.lang.sites import DIMS
 from peftc.lang.tree import MappingNode, ScalarNode
 
@@ -54,6 +57,7 @@ class RewriteReader(RowReader):
                 sets[name] = expr
             spans[f"set.{name}"] = place.span
             optional |= {name} if place.text.endswith("?") else set()
+        self._unread(node, params, (*lets.values(), *sets.values()))
         compose = Expr("h", ast.Name("h"), key.span, exact=False)
         delta = Delta(
             key.text, at, tuple(sets), "parallel", Form(""), compose, arguments, self.where(node.get("where")),
@@ -61,6 +65,16 @@ class RewriteReader(RowReader):
             sources=self._sources(node), sets=sets, optional=frozenset(optional),
         )  # fmt: skip
         return self.started(delta, static)
+
+    def _unread(self, node: MappingNode, params: tuple[Param, ...], exprs: tuple[Expr, ...]) -> None:
+        """E003 for each name under `with:` that no expression of the entry reads."""
+        exprs += tuple(expr for param in params for expr in param_expressions(param))
+        read = {name for expr in exprs for name in (*name_nodes(expr), *calls_in(expr))}
+        given = node.get("with")
+        for name, (key, _) in given.entries.items() if isinstance(given, MappingNode) else ():
+            if name not in read:
+                message, help = f"no expression of the entry reads `{shown(name)}`", "take it out, or use it"
+                self.collector.error("E003", message, span=key.span, help=help)
 
     def _set(self, node: MappingNode) -> list[tuple[str, ScalarNode, ScalarNode]]:
         """The taps under `set:` that are taps of every site, with the places of their names, and the expressions."""

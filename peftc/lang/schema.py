@@ -110,6 +110,8 @@ _FROM = (
     "taps of other sites: block[0].x is what x is, {skip: block[layer - 1].out} are names for expressions; the value is"
     " that after earlier deltas"
 )
+_BEFORE = "rows or entries of `rewrite` that come after this one, where the order of the file differs"
+_AFTER = "rows or entries of `rewrite` that come before this one, where the order of the file differs"
 _ATTEND = "in place of an expression: the site's own queries attend to trained rows"
 
 
@@ -141,8 +143,8 @@ class DeltaFile(_Model):
     lower: Literal["concat", "gated"] | None = Field(
         None, description="how a prefix is computed: rows joined to keys and values, or a second attention with a gate"
     )
-    before: Words | None = Field(None, description="rows that come after this one, where the order of the file differs")
-    after: Words | None = Field(None, description="rows that come before this one, where the order of the file differs")
+    before: Words | None = Field(None, description=_BEFORE)
+    after: Words | None = Field(None, description=_AFTER)
     expect: Annotated[int, Field(ge=0)] | None = Field(None, description="how many sites the row must match")
 
 
@@ -247,6 +249,8 @@ class RewriteFile(_Model):
     where: WhereFile | None = Field(None, description="narrows the sites that `at` names")
     params: dict[Name, ParamFile] = Field({}, description="the tensors of the rewrite, by name")
     let: dict[Name, Expression] = Field({}, description=_LET)
+    before: Words | None = Field(None, description=_BEFORE)
+    after: Words | None = Field(None, description=_AFTER)
     expect: Annotated[int, Field(ge=0)] | None = Field(None, description="how many sites the entry must match")
 
 

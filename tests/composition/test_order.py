@@ -88,6 +88,37 @@ def test_rows_are_composed_in_the_order_asked_for(directory: Directory) -> None:
     assert [d.name for d in parse_rule(model.surgery.rule.text, "again.yaml").deltas] == ["squash", "scale"]
 
 
+def test_entries_of_rewrite_follow_the_rows_but_for_what_they_ask(directory: Directory) -> None:
+    row = "deltas:\n  squash: {at: ffn, modify: out, insert: sequential, form: tanh(x), compose: dhROW}\n"
+    entry = "rewrite:\n  scale: {at: ffn, set: {out: 2 * out}ENTRY}\n"
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "row first": lambda h: 2 * torch.tanh(h), "entry first": lambda h: torch.tanh(2 * h)
+    }  # fmt: skip
+    expected = {}
+    for name, function in functions.items():
+        base = transformers.BertForSequenceClassification.from_pretrained(directory("bert")).eval()
+        for block in base.bert.encoder.layer:
+            block.output.dense.register_forward_hook(lambda module, given, h, function=function: function(h))
+        expected[name] = logits(base)
+    assert (expected["row first"] - expected["entry first"]).abs().max() > 1e-3
+    for of_row, of_entry, first in (
+        ("", "", "row first"), ("", ", after: squash", "row first"), (", before: [scale]", "", "row first"),
+        (", after: scale", "", "entry first"), ("", ", before: squash", "entry first"),
+    ):  # fmt: skip
+        text = "peftc: 1\nname: t\n" + row.replace("ROW", of_row) + entry.replace("ENTRY", of_entry)
+        model = peftc.apply(parse_rule(text, "mine.yaml"), directory("bert"))
+        assert (logits(model) - expected[first]).abs().max() < 1e-12
+        names = ["squash", "scale"] if first == "row first" else ["scale", "squash"]
+        assert [d.name for d in parse_rule(model.surgery.rule.text, "again.yaml").deltas] == names
+
+
+def test_plan_tells_every_tap_of_an_entry_that_another_changes(plan: Planner) -> None:
+    text = "peftc: 1\nname: t\nhyper: {r: 2}\ndeltas:\n  a: {at: linear, modify: out, form: low_rank}\n"
+    text += 'rewrite:\n  b: {at: attention, where: {layers: [0]}, set: {q: 2 * q, k: 2 * k, "heads?": 2 * heads}}\n'
+    found = [(overlap.deltas, overlap.tap) for overlap in overlaps(plan(parse_rule(text, "mine.yaml"), "bert"))]
+    assert found == [(("a", "b"), "linear.out = attention.q"), (("a", "b"), "linear.out = attention.k")]
+
+
 def test_plan_tells_which_deltas_meet_on_one_value(plan: Planner, directory: Directory, tmp_path: Path) -> None:
     rows = (
         "  a: {at: ffn, modify: out, form: bottleneck, after: b}\n"

@@ -123,6 +123,7 @@ LORA = """
     let: {z: "linear(x, A)"}
     set: {q: "q + linear(z, B)", v: "v + linear(z, C)"}
 """
+LAYERED = f"peftc: 1\nname: mine\nhyper: {{r: RANK}}\nrewrite:\n{LORA}"
 CASES: dict[str, tuple[str, Edit, set[str]]] = {
     "exchange": ("  exchange: {at: attention, where: {layers: [0]}, set: {q: k, k: q}}\n", exchange, {"kept"}),
     "skip": ("  skip: {at: block, where: {layers: [-1]}, set: {out: x}}\n", skip, {"kept"}),
@@ -247,3 +248,19 @@ def test_what_a_site_lacks_is_left_out_where_the_entry_says_so(bert: Path) -> No
     for layer in theirs.encoder.layer:
         layer.output.dense.register_forward_hook(lambda _, given, h: 2 * h)
     assert difference(output(ours), output(theirs)) <= WORST
+
+
+def test_values_of_layers_and_a_budget_hold_in_an_entry(bert: Path) -> None:
+    """The rank is twice as large in the last layer; the budget is what three tensors of rank 3 need, and 10 more."""
+    width = tiny("bert").config.hidden_size
+    layered = LAYERED.replace("RANK", "{default: 2, layers: {last 1: 4}}")
+    shapes = {name: tuple(p.shape) for name, p in apply_rule(layered, bert, {}).surgery.plan.parameters.items()}
+    for layer, r in ((0, 2), (1, 4)):
+        names = {"A": (r, width), "B": (width, r), "C": (width, r)}
+        for name, shape in names.items():
+            assert shapes[f"encoder.layer.{layer}.attention.peftc.lora.{name}"] == shape
+    layers = tiny("bert").config.num_hidden_layers
+    limit = layers * 3 * 3 * width + 10
+    plan = apply_rule(LAYERED.replace("RANK", f"{{budget: {limit}}}"), bert, {}).surgery.plan
+    assert (plan.rule.values["r"], plan.trained_count) == (3, limit - 10)
+    assert plan.budget is not None

@@ -112,6 +112,66 @@ def row(tmp_path: Path, row: str, expected: str, family: str = "encoder") -> Res
     return only(tmp_path, expected, family, ROWS.replace("ROW", row))
 
 
+SHARED = """peftc: 1
+name: mine
+hyper: {r: 4}
+rewrite:
+  pair:
+    at: attention
+    params:
+      A: {shape: [r, d_in], init: kaiming_uniform}
+      B: {shape: [d_out, r], init: zeros}
+      C: {shape: [d_out, r], init: zeros}
+    let: {z: "linear(x, A)"}
+    set: {q: "q + linear(z, B)", v: "v + linear(z, C)"}
+tests:
+  case: {family: FAMILY, EXPECTED}
+"""
+# On a BERT of width 32 and two layers: 2 layers * 3 tensors * r * 32 parameters.
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        "sites: {pair: 2}",
+        "trained: 2 * 3 * r * 32",
+        "identity: true",
+        "fold: {pair: merged}",
+        "not: {role: [k, o, up, down]}",
+    ],
+)
+def test_what_holds_of_an_entry_of_rewrite_is_validated(tmp_path: Path, expected: str) -> None:
+    result = only(tmp_path, expected, text=SHARED)
+    assert (result.outcome, result.findings) == ("validated", ())
+
+
+@pytest.mark.parametrize(
+    ("expected", "outcome", "key", "found"),
+    [
+        ("sites: 3", "missing", "sites.pair", "2 sites"),
+        ("trained: 700", "noisy", "trained", "768 (pair 768)"),
+        ("identity: false", "missing", "identity", "they differ by 0.00e+00"),
+        ("fold: kept", "missing", "fold.pair", "merged at 4 of 4 sites"),
+        ("not: {role: q}", "noisy", "not", "row `pair` changes `q` of linear encoder.layer.0.attention.self.query"),
+        ("not: {role: v}", "noisy", "not", "row `pair` changes `v` of linear encoder.layer.0.attention.self.value"),
+    ],
+)
+def test_what_does_not_hold_of_an_entry_of_rewrite_is_told(
+    tmp_path: Path, expected: str, outcome: str, key: str, found: str
+) -> None:
+    result = only(tmp_path, expected, text=SHARED)
+    (finding,) = result.findings
+    assert (result.outcome, finding.key) == (outcome, key)
+    assert found in finding.found
+
+
+def test_an_entry_that_skips_a_block_is_kept_and_no_identity(tmp_path: Path) -> None:
+    text = ROWS.replace("deltas:\n  a: ROW", "rewrite:\n  skip: {at: block, where: {layers: [-1]}, set: {out: x}}")
+    for family in ("encoder", "decoder"):
+        assert only(tmp_path, "sites: 1, trained: 0, identity: false", family, text).outcome == "validated"
+        assert only(tmp_path, "identity: true", family, text).outcome == "missing"
+
+
 def test_refused_rule_is_what_an_error_case_expects(tmp_path: Path) -> None:
     cross = "{at: attention, where: {kind: cross}, modify: out, insert: sequential, form: vector}"
     assert row(tmp_path, cross, "error: E020").outcome == "validated"
