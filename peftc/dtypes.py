@@ -6,7 +6,8 @@
 2. A form computes in the widest dtype of the delta's parameters (float16 with bfloat16: float32), or in that of the
    base where it has none. What it reads of the base is cast to it once, and so is a narrower parameter.
 3. `compose` and the row's `let` compute in the wider one of that and the dtype of h; the new value is cast back to the
-   dtype of h, once. So a bfloat16 base with float32 deltas rounds h' once, as a merged weight would be.
+   dtype of h, once. So a bfloat16 base with float32 deltas rounds h' once, as a merged weight would be. An entry of
+   `rewrite` computes as a whole in the wider one of its parameters and of the taps that it sets.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from peftc.diagnostics import fail
+from peftc.dtypes import widest
 from peftc.ir.builder import Builder, latest
 from peftc.ir.order import make_room
 from peftc.ir.program import Insertion, Program, shape_of
@@ -44,16 +45,24 @@ class _Rewriter:
         self.first = next(reversed(program.bindings))
         stack = self.site.taps["out"].node if "out" in self.site.taps else self.first
         self.builder = Builder(program, self.first, label=edit.label, like=stack)
-        dtypes = [node.meta["val"].dtype for node in self.parameters.values() if node is not None]
-        self.dtype: torch.dtype | None = dtypes[0] if dtypes else None
+        self.dtype = self._dtype()
         self.raw: dict[tuple[str, int], fx.Node] = {}
         """The taps as they were, in canonical layout."""
-        self.env: dict[str, Any] = {**edit.statics, **self.parameters}
+        cast = {name: None if node is None else self._cast(node) for name, node in self.parameters.items()}
+        self.env: dict[str, Any] = {**edit.statics, **cast}
         self.inputs: dict[str, fx.Node] = {}
         """What expressions read by the names of taps and of `from`."""
         self.lets: dict[str, fx.Node | Any] = {}
         self.resized: Expr | None = None
         """What has changed a length, while the shapes after it are yet to be computed."""
+
+    def _dtype(self) -> torch.dtype | None:
+        """The widest of the parameters and of the taps that are set, for no expression may round them; see
+        `peftc.dtypes`. None without parameters.
+        """
+        own = [node.meta["val"].dtype for node in self.parameters.values() if node is not None]
+        taps = [self.site.taps[name].node.meta["val"].dtype for name in self.delta.sets if name in self.site.taps]
+        return widest([*own, *(dtype for dtype in taps if dtype.is_floating_point)]) if own else None
 
     def rewrite(self) -> list[Insertion]:
         order = {node: index for index, node in enumerate(self.program.graph.nodes)}

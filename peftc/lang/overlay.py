@@ -63,8 +63,10 @@ class _Overlay:
                 if path != ("deltas",) or self._is_row(old, key, value):
                     entries[name] = (key, value)
             else:
-                inner = merged.get(name, merged.get("*"))
-                entries[name] = (key, self._value(entries[name][1], value, inner, (*path, name)))
+                inner, old_value = merged.get(name, merged.get("*")), entries[name][1]
+                if path[:1] == ("hyper",) and path[2:] == ("layers",):
+                    del entries[name]  # of selectors that meet, the last one wins: the child's comes last
+                entries[name] = (key, self._value(old_value, value, inner, (*path, name)))
             if path[:1] == ("hyper",) and len(path) == 2 and name in _EITHER and not _is_null(value):
                 entries.pop(_EITHER[name], None)
         return mapping(entries, new)

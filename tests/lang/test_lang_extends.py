@@ -167,6 +167,14 @@ def test_rows_are_merged_and_the_rest_is_replaced() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_value_of_layers_wins_over_those_of_the_rule_that_is_extended() -> None:
+    head = "peftc: 1\nname: base\nhyper: {r: {default: 2, layers: {0: 16, first 2: 8}}}\n"
+    Path("base.yaml").write_text(f"{head}deltas: {{lora: {{at: attention, modify: q, form: low_rank}}}}\n")
+    rule = load("peftc: 1\nname: mine\nextends: base.yaml\nhyper: {r: {layers: {0: 4}}}\n")
+    assert [rule.values_at(layer, 4)["r"] for layer in range(4)] == [4, 8, 2, 2]
+
+
+@pytest.mark.usefixtures("here")
 def test_chain_of_rules_is_followed_relative_to_each_file() -> None:
     Path("far/deep").mkdir(parents=True)
     Path("far/deep/gate.yaml").write_text(

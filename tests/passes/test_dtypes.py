@@ -11,6 +11,7 @@ from torch import fx
 
 from peftc.frontend.trace import Skeleton, build_skeleton, default_inputs
 from peftc.ir.program import Insertion, Program
+from peftc.lang.loader import parse_rule
 from peftc.lang.rule import Rule
 from peftc.pipeline import analyse, rewrite
 
@@ -94,6 +95,21 @@ def test_narrow_delta_does_not_round_a_wide_base(bert_skeleton: Skeleton, rule: 
     params = "params: {A: {shape: [d_out, d_in], init: zeros, dtype: bfloat16}}"
     _, entry = inserted(bert_skeleton, rule(f"{{at: ffn, modify: out, form: 'linear(x, A)', {params}}}", "{}"))
     assert casts(entry) == [(F32, BF16), (BF16, F32)]  # x, and dh
+
+
+def test_rewrite_computes_in_the_widest_dtype_of_its_parameters_and_its_taps(
+    half: Skeleton, bert_skeleton: Skeleton
+) -> None:
+    text = (
+        "peftc: 1\nname: mine\nrewrite:\n  mine:\n    at: attention\n    params:\n"
+        "      A: {shape: [2, d_in], init: zeros, dtype: bfloat16}\n      B: {shape: [d_out, 2], init: zeros}\n"
+        "    set: {q: 'q + linear(linear(x, A), B)'}\n"
+    )
+    _, entry = inserted(half, parse_rule(text, "mine.yaml"))
+    assert casts(entry) == [(BF16, F32)] * 3 + [(F32, BF16)]  # A, q, x and the new q
+    narrow = text.replace("zeros}", "zeros, dtype: bfloat16}")
+    _, entry = inserted(bert_skeleton, parse_rule(narrow, "mine.yaml"))
+    assert casts(entry) == [(BF16, F32)] * 2  # A and B: a narrow parameter rounds no wide base
 
 
 def test_deltas_of_a_float64_base_are_float64(rule: Callable[..., Rule]) -> None:
