@@ -6,7 +6,8 @@
     include: [forms/gated.yaml]        # its form can be named in rows; a pattern likewise
 
 `gathered` gives one tree that needs no other file. Every node keeps the span of the file it stands in. A rule comes
-from strangers: files are .yaml or .yml below or beside the rule, and bounded in depth, number and total size.
+from strangers: files are .yaml or .yml, named relative to the file that names them (links are followed), and bounded in
+depth, number and total size.
 """
 
 from __future__ import annotations

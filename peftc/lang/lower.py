@@ -80,7 +80,8 @@ class Lowering:
         """The value of `expr`, which must be a tensor."""
         value = self.lower(expr)
         if not isinstance(value, fx.Node):
-            fail("E009", f"`{expr.text}` is {value!r}, not a tensor", span=expr.span)
+            help = "it is made of numbers alone; a dimension bears the name of no tap: that value is `h`"
+            fail("E009", f"`{expr.text}` is {value!r}, not a tensor", span=expr.span, help=help)
         return value
 
     def _visit(self, node: ast.expr) -> Value:

@@ -29,6 +29,8 @@ _RULE: Merged = {
     "forms": {"*": _FORM},
     "patterns": {"*": {}},
 }
+_ROWS = {("deltas",): ("at", "modify", "form"), ("rewrite",): ("at", "set")}
+"""Where rows stand, with the keys that a row of its own has."""
 NOT_INHERITED = frozenset({"peftc", "extends", "include", "tests"})
 _EITHER = {"default": "budget", "budget": "default"}
 """Keys of a hyperparameter of which one takes the other's place."""
@@ -60,7 +62,7 @@ class _Overlay:
             elif _is_null(value) and path[-1:] not in (("with",), ("args",)):  # there, null is a value
                 self._nothing_to_remove(old, key, path)
             elif name not in entries:
-                if path != ("deltas",) or self._is_row(old, key, value):
+                if path not in _ROWS or self._is_row(old, key, value, _ROWS[path]):
                     entries[name] = (key, value)
             else:
                 inner, old_value = merged.get(name, merged.get("*")), entries[name][1]
@@ -86,12 +88,13 @@ class _Overlay:
         )
         self.collector.error("E050", message, span=key.span, help=help)
 
-    def _is_row(self, old: MappingNode, key: ScalarNode, value: Node) -> bool:
+    def _is_row(self, old: MappingNode, key: ScalarNode, value: Node, needed: tuple[str, ...]) -> bool:
         """Whether a row that the parent has not is one of its own; a part of a row is a misspelt name."""
-        if not isinstance(value, MappingNode) or {"at", "modify", "form"} & value.entries.keys():
+        if not isinstance(value, MappingNode) or set(needed) & value.entries.keys():
             return True
         message = f"the rule that is extended has no row `{shown(key.text)}` to change"
-        help = did_you_mean(key.text, old.entries) or "a new row needs `at`, `modify` and `form`"
+        needs = " and ".join([", ".join(f"`{name}`" for name in needed[:-1]), f"`{needed[-1]}`"])
+        help = did_you_mean(key.text, old.entries) or f"a new row needs {needs}"
         self.collector.error("E050", message, span=key.span, help=help)
         return False
 

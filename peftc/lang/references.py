@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftc.diagnostics import Collector, PeftcError, did_you_mean
 from peftc.lang.complaints import shown
@@ -60,7 +60,7 @@ class _ReferenceReader:
         try:
             tree = tree_of(text, self.node.inner, exact)
         except PeftcError as error:
-            self.collector.extend(error.diagnostics)
+            self.collector.extend([replace(d, help=_HELP) if d.code == "E011" else d for d in error.diagnostics])
             return None
         whole = Expr(text, tree, self.node.inner, exact)
         parts = _parts(tree)

@@ -65,7 +65,7 @@ class RowReader:
         check_init_names(reader, params, {**(form.let if form else {}), **lets}, plain, above)
         compose = self._compose(node, reader, scope, lets, key)
         where = self.where(node.get("where"), self.kinds.common_dims(node))
-        insert = self._insert(node)
+        insert, sources = self._insert(node), self._sources(node)
         if form is None or compose is None:
             return None
         use = FormUse(node, form, arguments, self.hypers, self._names(node), self.collector, self.kinds.of(node))
@@ -85,7 +85,7 @@ class RowReader:
             whole(node.get("expect")),
             key.span,
             spans_of(node),
-            sources=self._sources(node),
+            sources=sources,
         )
         check_composition(delta, self.collector)
         return self.started(delta, {*self.declared, *arguments, *form.args})

@@ -23,11 +23,11 @@ LIBRARY = sorted(rule_files())
 
 
 def meaning(value: Any) -> Any:
-    """A rule without the places it was read from and its tests: equal for rules that do the same."""
+    """A rule without its places, its tests and who gave its values: equal for rules that do the same."""
     if isinstance(value, Expr):
         return value.text
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        skipped = ("span", "spans", "file", "text", "tests")
+        skipped = ("span", "spans", "file", "text", "tests", "given")
         return {f.name: meaning(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in skipped}
     if isinstance(value, dict):
         return [(key, meaning(item)) for key, item in value.items()]
@@ -302,3 +302,21 @@ def test_total_size_of_all_files_is_bounded() -> None:
         Path(f"f{index}.yaml").write_text(form.format(index, "x"))
     with pytest.raises(PeftcError, match="more than 32 files"):
         load(f"peftc: 1\nname: t\ninclude: [{includes}]\n{row}")
+
+
+def test_misspelt_entry_of_rewrite_is_told_as_a_misspelt_row_is(here: Path) -> None:
+    (here / "base.yaml").write_text("peftc: 1\nname: base\nrewrite: {skip: {at: block, set: {out: x}}}\n")
+    child = "peftc: 1\nname: a\nextends: base.yaml\nrewrite: {skp: {where: {layers: [0]}}}\n"
+    with pytest.raises(PeftcError) as raised:
+        load(child)
+    (found,) = raised.value.diagnostics
+    assert (found.code, found.help) == ("E050", "did you mean `skip`?")
+
+
+def test_reference_that_is_no_expression_is_helped_as_a_reference(here: Path) -> None:
+    row = '{at: ffn, modify: out, from: "block[-1.out", form: nowhere}'
+    with pytest.raises(PeftcError) as raised:
+        load(f"peftc: 1\nname: a\ndeltas: {{a: {row}}}\n")
+    found = {diagnostic.code: diagnostic.help or "" for diagnostic in raised.value.diagnostics}
+    assert "attention.out" in found["E011"]
+    assert "E006" in found, "a mistake in `form` is told beside it"
