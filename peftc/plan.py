@@ -12,28 +12,25 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftc.budget import Spent, solve
 from peftc.diagnostics import Collector, did_you_mean, fail
 from peftc.dtypes import Dtypes
-from peftc.ir.initial import Slot
 from peftc.ir.program import DeltaParameter, Program
 from peftc.ir.sites import Site, Tap
 from peftc.lang.init_graph import check_recipes
-from peftc.lang.rule import Delta, Expr, Param, Rule, Scalar
+from peftc.lang.rule import Delta, Expr, Rule, Scalar
 from peftc.lang.static import evaluate_static
 from peftc.layered import check_layers, check_shared
-from peftc.locate.walk import common_path
+from peftc.parameters import parameter_of, ranks_of
 from peftc.patterns.sites import Found, find
 from peftc.refer import Source, referred
 from peftc.select import condition_env, nearest_miss, selected
-from peftc.starts import start_of
 
 if TYPE_CHECKING:
     import torch
 
-_LONGEST = 2**31
 _LARGEST = 2**30
 """Delta elements allowed whatever the base's size; beyond it a delta may be four times the base."""
 
@@ -211,7 +208,7 @@ def _edits(
     collector: Collector,
     every: Sequence[Site],
 ) -> Iterable[Edit]:
-    ranks = _ranks(sites)
+    ranks = ranks_of(sites)
     for tap in (tap for tap in delta.modify if tap not in delta.optional):
         _report_missing(delta, tap, [site for site in sites if tap not in site.taps], collector)
     for site in sites:
@@ -221,7 +218,7 @@ def _edits(
             statics = site_statics(rule, delta, site, tap, sources)
             edit = Edit(delta, site, tap, statics, sources=sources)
             for param in (*delta.form.params, *delta.params):
-                edit.parameters[param.name] = _parameter(program, edit, param, sites, ranks, kinds)
+                edit.parameters[param.name] = parameter_of(program, edit, param, sites, ranks, kinds)
             yield edit
 
 
@@ -281,73 +278,6 @@ def input_tap(delta: Delta, site: Site, tap: str) -> str | None:
         span=delta.span_at("insert"),
         help=did_you_mean(name, site.taps),
     )
-
-
-def _ranks(sites: list[Site]) -> dict[int, int]:
-    """Sites of different weights under one path are told apart by a number; calls of one module share."""
-    seen: dict[str, list[tuple[str, ...]]] = {}
-    ranks: dict[int, int] = {}
-    for site in sites:
-        identity = tuple(linear.weight_name for linear in site.linears.values()) or site.identity or (site.kind,)
-        known = seen.setdefault(site.path, [])
-        if identity not in known:
-            known.append(identity)
-        ranks[id(site)] = known.index(identity)
-    return ranks
-
-
-def _parameter(
-    program: Program, edit: Edit, param: Param, sites: list[Site], ranks: dict[int, int], kinds: Dtypes
-) -> DeltaParameter | None:
-    delta, site, statics = edit.delta, edit.site, edit.statics
-    if param.condition is not None and not evaluate_static(param.condition, statics):
-        return None
-    shape = tuple(_size(delta, param, size, statics) for size in param.shape)
-    owner, middle = _owner(param, site, sites)
-    rank = ranks[id(site)] if param.share == "site" else 0
-    several = len(delta.modify) > 1 and not delta.sets
-    slot = Slot(owner, delta.name, rank, edit.tap if several else "", middle)
-    name = slot.name(param.name)
-    kind = kinds.kind(param, name, site.taps[edit.tap].node.meta["val"].dtype)
-    start, rate = start_of(program, edit, param, slot, shape), _rate(param, statics)
-    return DeltaParameter(name, shape, kind, start, param.frozen, delta.name, rate)
-
-
-def _size(delta: Delta, param: Param, size: Expr, statics: dict[str, Scalar]) -> int:
-    value: Any = evaluate_static(size, statics)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LONGEST:
-        fail(
-            "E014",
-            f"`{size.text}` of `{param.name}` in delta `{delta.name}` is {value}; a size is a whole number "
-            f"from 1 to {_LONGEST}",
-            span=size.span or param.span,
-            help="change the hyperparameters it comes from with --set",
-        )
-    return value
-
-
-def _rate(param: Param, statics: dict[str, Scalar]) -> float:
-    """What the learning rate is multiplied by."""
-    value = 1.0 if param.lr is None else evaluate_static(param.lr, statics)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        message = f"`lr` of `{param.name}` is {value}; it multiplies the learning rate, so it is a number from 0 on"
-        fail("E014", message, span=param.lr.span if param.lr else param.span, help="as in lr: 16")
-    return float(value)
-
-
-def _owner(param: Param, site: Site, sites: list[Site]) -> tuple[str, str]:
-    """The module that holds a parameter, and what tells its share group from the others under that module."""
-    if param.share == "site":
-        return site.path, ""
-    if param.share == "layer":
-        return site.block, ""
-    if param.share == "model":
-        return "", ""
-    same = [s for s in sites if s.stack == site.stack and (param.share == "stack" or s.variant == site.variant)]
-    path = common_path(s.path for s in same)
-    if any(s.path[len(path) + 1 :].split(".")[0].isdigit() for s in same):
-        path = path.rpartition(".")[0]  # a list of layers is no place for a parameter: take the module around it
-    return path, site.stack if param.share == "stack" else f"{site.stack}_{site.variant or site.kind}"
 
 
 def _refuse_absurd(plan: Plan) -> None:

@@ -62,15 +62,14 @@ def _linear(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> 
         raise Misfit(misfit.reason, 0, 1, help=_swapped(sizes, x, weight, "linear")) from None
     if weight.open and len(weight.sizes) < 2:
         return UNKNOWN
-    if not weight.open and len(weight.sizes) == 1:
-        return x.lead(1)
     if not x.open and not x.sizes:
         raise Misfit("x has no axis", 0)
-    result = x.lead(1).then(weight.last(2)[0])
+    vector = not weight.open and len(weight.sizes) == 1
+    result = x.lead(1) if vector else x.lead(1).then(weight.last(2)[0])
     if len(operands) > 2 and not isinstance(operands[2], Absent | Static):
         bias = tensor(operands, 2)
         try:
-            sizes.broadcast([result, bias])
+            return sizes.broadcast([result, bias])
         except Misfit as misfit:
             raise Misfit(misfit.reason, 1, 2) from None
     return result
