@@ -162,7 +162,7 @@ def _check_place(delta: Delta, param: Param, name: str, span: Span | None, colle
         without = [pair for pair in pairs if pair[0] in WEIGHTS and pair[1] not in WEIGHTS[pair[0]]]
         without += [pair for pair in pairs if pair[0] in ("block", "model")]
         known = [f"{', '.join(WEIGHTS[site])} of {site}" for site in delta.at if site in WEIGHTS]
-        help = f"taps with a weight: {'; '.join(known) or 'none of a ' + delta.at[0]}"
+        help = f"taps with a weight: {'; '.join(known) or 'none of a ' + ' or '.join(delta.at)}"
         reason = f"no single weight stands behind `{without[0][1]}` of {without[0][0]}" if without else ""
     if reason:
         collector.error("E004", f"`init` of `{param.name}` reads `{name}`: {reason}", span=span, help=help)

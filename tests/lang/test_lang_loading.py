@@ -233,3 +233,10 @@ def test_importing_the_language_imports_no_torch() -> None:
         "import sys, peftc.lang.loader as l; l.list_rules(); sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_init_over_a_weight_at_an_unknown_site_is_told_once() -> None:
+    row = "{at: attentoin, modify: q, form: low_rank, params: {S: {shape: [r], init: 'svd_s(weight, r)'}}}"
+    with pytest.raises(PeftcError) as raised:
+        parse_rule(f"peftc: 1\nname: a\nhyper: {{r: 4}}\ndeltas:\n  a: {row}\n", "a.yaml")
+    assert [found.code for found in raised.value.diagnostics] == ["E005"]
