@@ -242,7 +242,7 @@ def site_statics(rule: Rule, delta: Delta, site: Site, tap: str, sources: Mappin
     value = site.taps[tap]
     shape = value.canonical_shape
     weight = tap == "weight" or (value.is_parameter and len(shape) > 1)
-    env["d_out"] = int(shape[0]) if weight else value.width  # pyright: ignore[reportArgumentType]
+    env["d_out"] = int(shape[0]) if weight else value.width  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
     if weight and len(shape) > 1:
         env["d_in"] = int(shape[1])  # pyright: ignore[reportArgumentType]
     source = input_tap(delta, site, tap)

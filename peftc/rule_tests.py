@@ -88,7 +88,7 @@ def run_case(source: str, case: Case) -> Result:
     finally:
         forget_spoilt()
     outcomes = [finding.outcome for finding in trial.findings]
-    worst: Outcome = next((outcome for outcome in _WORST_FIRST if outcome in outcomes), "validated")
+    worst = min([*outcomes, _WORST_FIRST[-1]], key=_WORST_FIRST.index)
     return Result(source, case.label, worst, tuple(trial.findings), time.perf_counter() - start)
 
 

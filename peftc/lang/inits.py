@@ -105,7 +105,7 @@ def check_weights(delta: Delta, static: Collection[str], collector: Collector) -
     lets = {**delta.form.let, **delta.let}
     for param in params.values():
         names = init_names(param.init, lets)
-        read = names.keys() - lets - static
+        read = names.keys() - lets - set(static)
         frozen = sorted(name for name in read if name in FROZEN and name not in params)
         for name in frozen:
             own = not delta.form.name or param in delta.params

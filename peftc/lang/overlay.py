@@ -29,7 +29,7 @@ _RULE: Merged = {
     "forms": {"*": _FORM},
     "patterns": {"*": {}},
 }
-_ROWS = {("deltas",): ("at", "modify", "form"), ("rewrite",): ("at", "set")}
+_ROWS: dict[tuple[str, ...], tuple[str, ...]] = {("deltas",): ("at", "modify", "form"), ("rewrite",): ("at", "set")}
 """Where rows stand, with the keys that a row of its own has."""
 NOT_INHERITED = frozenset({"peftc", "extends", "include", "tests"})
 _EITHER = {"default": "budget", "budget": "default"}

@@ -224,7 +224,7 @@ def _gather(sizes: Sizes, operands: Operands, keywords: Keywords) -> Shape:
     axis = axis_of(x, whole(keywords["dim"]) if "dim" in keywords else -1)
     if axis is None:
         return UNKNOWN
-    found = list(x.sizes) if x.sizes else [None]
+    found: list[Size] = list(x.sizes) if x.sizes else [None]
     if isinstance(index, list):
         found[axis] = constant(len(index))
     else:

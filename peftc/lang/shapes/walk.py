@@ -188,7 +188,7 @@ class Walk:
             return Static(None, not value.value, known=True) if value.known else Static()
         size = None if value.size is None else constant(0) - value.size
         known = value.known and isinstance(value.value, (int, float))
-        return Static(size, -value.value if known else None, known)  # pyright: ignore[reportOperatorIssue]
+        return Static(size, -value.value if known else None, known)  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
 
     def _choice(self, node: ast.IfExp) -> Value:
         test = self.visit(node.test)
