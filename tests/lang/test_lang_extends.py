@@ -110,10 +110,11 @@ def test_rule_split_in_two_by_extends_is_the_same_rule(tmp_path_factory: pytest.
 
 
 def unordered(rule: dict[str, Any]) -> dict[str, Any]:
-    """The order of rows and hyperparameters is that of the parent, then of the child."""
+    """The order of rows, parameters and hyperparameters is that of the parent, then of the child."""
     deltas = sorted(rule["deltas"], key=lambda delta: delta["name"])
     for delta in deltas:
-        delta["arguments"] = sorted(delta["arguments"])
+        delta["arguments"], delta["places"] = sorted(delta["arguments"]), sorted(delta["places"])
+        delta["params"] = sorted(delta["params"], key=lambda param: param["name"])
     return {**rule, "deltas": deltas, "hyper": sorted(rule["hyper"])}
 
 
