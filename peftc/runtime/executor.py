@@ -1,7 +1,10 @@
 """Executors: a program's graph as a callable on real tensors.
 
-The graph's placeholders are filled in order: parameters and buffers by name from a module, constants from the
-program, then the caller's inputs. The result is put back into the model's own output class.
+The graph's placeholders are filled: parameters and buffers by name from a module, constants from the program, then
+the caller's inputs. The result is put back into the model's own output class.
+
+With `units`, paths of modules, the graph runs in parts (`peftc.runtime.hierarchy`), and the part of a unit runs when
+that module is called: hooks, sharding and checkpointing of the module act, and its parameters are read inside the call.
 """
 
 from __future__ import annotations
@@ -15,12 +18,20 @@ from torch.utils import _pytree as pytree
 
 from peftc.ir.program import Program
 from peftc.passes.set_mode import SetMode
+from peftc.runtime.hierarchy import slices
+from peftc.runtime.parts import Modules, Parts, State, compiled
 
 
 class Executor:
-    """A graph compiled for one mode and one device."""
+    """A graph compiled for one mode and one device.
 
-    def __init__(self, program: Program, *, training: bool, device: torch.device) -> None:
+    `units` maps every path of each module that is to be called to the one it is asked for by. Raises `PeftcError`
+    E041 when the graph cannot be cut at their calls.
+    """
+
+    def __init__(
+        self, program: Program, *, training: bool, device: torch.device, units: Mapping[str, str] | None = None
+    ) -> None:
         graph = fx.Graph()
         result = graph.graph_copy(program.graph, mapping := {})
         graph.output(result)
@@ -31,12 +42,22 @@ class Executor:
         SetMode(training=training).apply_to(graph)
         move_to(graph, device)
         self.module = fx.GraphModule(torch.nn.Module(), graph)
+        self._results: tuple[Any, ...] = tuple(graph.output_node().args[0])  # pyright: ignore[reportArgumentType]
+        self.parts = self._cut(program, graph, units) if units else None
+
+    def _cut(self, program: Program, graph: fx.Graph, units: Mapping[str, str]) -> Parts:
+        bindings = {self.nodes[node]: binding for node, binding in program.bindings.items()}
+        inserted = {self.nodes[node] for entry in program.ledger for node in entry.nodes if node in self.nodes}
+        computed = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        takes = [node for node, binding in bindings.items() if binding.kind in ("constant", "input")]
+        gives = dict.fromkeys(result for result in self._results if isinstance(result, fx.Node))
+        return compiled(slices(computed, units, inserted), takes, [*gives], bindings)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         return tuple(name for kind, name in self._bindings if kind == "input")
 
-    def flat(self, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    def flat(self, state: State, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """Run on `state` (parameters and buffers by name) and `inputs`; the graph's outputs as a tuple."""
         arguments = []
         for kind, name in self._bindings:
@@ -48,9 +69,21 @@ class Executor:
                 arguments.append(state[name])
         return self.module(*arguments)
 
-    def __call__(self, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> Any:
+    def in_parts(self, state: State, inputs: Mapping[str, torch.Tensor], modules: Modules) -> tuple[Any, ...]:
+        """As `flat`, each unit's part run by calling the module that `modules` gives for its path."""
+        if self.parts is None:
+            return self.flat(state, inputs)
+        values = [
+            inputs[name] if kind == "input" else self._constants.get(name)
+            for kind, name in self._bindings
+            if kind in ("constant", "input")
+        ]
+        found = dict(zip(self.parts.gives, self.parts(state, values, modules), strict=True))
+        return tuple(found[result.name] if isinstance(result, fx.Node) else result for result in self._results)
+
+    def __call__(self, state: State, inputs: Mapping[str, torch.Tensor], modules: Modules) -> Any:
         """Run and return the model's own output class."""
-        return pytree.tree_unflatten(list(self.flat(state, inputs)), self._out_spec)
+        return pytree.tree_unflatten(list(self.in_parts(state, inputs, modules)), self._out_spec)
 
 
 def move_to(graph: fx.Graph, device: torch.device) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from peftc.diagnostics import fail
 from peftc.frontend.trace import LABELS, InputSpec, Skeleton, build_skeleton
@@ -24,11 +25,14 @@ from peftc.pipeline import analyse, rewrite
 from peftc.plan import Plan
 from peftc.runtime.executor import Executor
 from peftc.runtime.signature import call_key, input_spec, read_call, refuse_cache
+from peftc.runtime.units import mark_layers, paths_of, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftc.lang.rule import Rule
+
+_CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
 
 
 @dataclass(slots=True)
@@ -59,6 +63,7 @@ class GraphModel:
     """Mixed in before the model's own class; see the module docstring."""
 
     _surgery: Surgery
+    supports_gradient_checkpointing = True
 
     @property
     def surgery(self) -> Surgery:
@@ -92,9 +97,12 @@ class GraphModel:
     def _executor(self, inputs: Mapping[str, torch.Tensor], flags: Mapping[str, Any]) -> Executor:
         model: Any = self
         program = self.program_for(inputs, flags)
-        key = (id(program), model.training, model.device)
+        units = units_of(model)
+        key = (id(program), model.training, model.device, units)
         if key not in self._surgery.executors:
-            self._surgery.executors[key] = Executor(program, training=model.training, device=model.device)
+            called = paths_of(model, units)
+            executor = Executor(program, training=model.training, device=model.device, units=called)
+            self._surgery.executors[key] = executor
         return self._surgery.executors[key]
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,7 +112,7 @@ class GraphModel:
         tensors = dict(call.tensors)
         if LABELS in executor.inputs:
             tensors[LABELS] = tensors.pop("labels")
-        result = executor(state_of(model), tensors)
+        result = executor(state_of(model), tensors, model.get_submodule)
         return result.to_tuple() if call.as_tuple else result
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,14 +174,14 @@ class GraphModel:
         total = sum(p.numel() for p in model.parameters())
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        fail(
-            "E041",
-            "activation checkpointing is not offered for adapted models",
-            help="turn `activation_checkpointing` (or `gradient_checkpointing`) off; a smaller batch needs less too",
-        )
-
-    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = _CHECKPOINT, every_n_layers: int = 1
+    ) -> None:
+        """What transformers' `activation_checkpointing_enable` and its likes call: mark the layers to compute again."""
+        sites = [site for program in self._surgery.programs.values() for site in program.sites]
+        blocks = dict.fromkeys(site.path for site in sites if site.kind == "block")
+        model: Any = self
+        mark_layers(model, blocks, gradient_checkpointing_func, every_n_layers if enable else 0)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         fail(

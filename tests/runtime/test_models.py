@@ -136,14 +136,6 @@ def test_counts_are_printed(adapted: Load, capsys: pytest.CaptureFixture[str]) -
     assert f"trainable params: {model.surgery.plan.trained_count:,} || all params: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("method", "reason"),
-    [
-        ("gradient_checkpointing_enable", "activation checkpointing"),
-        ("activation_checkpointing_enable", "activation checkpointing"),
-        ("resize_token_embeddings", "embeddings"),
-    ],
-)
-def test_what_a_trace_cannot_do_is_refused(adapted: Load, method: str, reason: str) -> None:
-    with pytest.raises(PeftcError, match=f"E041 error: .*{reason}"):
-        getattr(adapted("bert"), method)()
+def test_resizing_the_embeddings_is_refused(adapted: Load) -> None:
+    with pytest.raises(PeftcError, match=r"E041 error: .*embeddings"):
+        adapted("bert").resize_token_embeddings()

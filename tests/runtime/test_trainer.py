@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import peftc
-from peftc.diagnostics import PeftcError
 from runtime.tiny import batch
 
 Load = Callable[..., Any]
@@ -140,7 +139,12 @@ def test_resuming_names_no_frozen_tensor_as_missing(
     assert "missing keys" not in caplog.text
 
 
-def test_activation_checkpointing_is_refused(model_dir: Load, tmp_path: Path) -> None:
-    model = peftc.apply("lora", model_dir("bert"))
-    with pytest.raises(PeftcError, match=r"E041 .*activation checkpointing"):
-        trainer(model, tmp_path, "bert", activation_checkpointing=True).train()
+def test_activation_checkpointing_changes_no_loss(model_dir: Load, tmp_path: Path) -> None:
+    losses = []
+    for name, settings in (("plain", {}), ("again", {"activation_checkpointing": True})):
+        model = peftc.apply("mam", model_dir("bert"), set=MAM)
+        run = trainer(model, tmp_path / name, "bert", max_steps=2, save_strategy="no", eval_strategy="no", **settings)
+        run.train()
+        assert model.is_activation_checkpointing == (name == "again")
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
