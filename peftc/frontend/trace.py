@@ -22,9 +22,13 @@ from torch import fx
 
 from peftc.diagnostics import fail
 from peftc.ir.program import Program, is_call
+from peftc.store.trace_cache import TraceCache, key_of
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
     from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
 
 LABELS = "loss_labels"
 """The exporter refuses an input called `labels`; the graph's loss input has this name instead."""
@@ -135,6 +139,7 @@ def trace(skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[st
     `flags` are the non-tensor keyword arguments (`output_hidden_states`, ...). A `labels` input gives a graph whose
     first output is the loss. Raises `PeftcError` E038 when torch.export cannot trace the model.
     """
+    # The exporter's module makes the classes of outputs known to torch, which a kept trace needs as well.
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
@@ -143,24 +148,44 @@ def trace(skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[st
     auto = torch.export.Dim.AUTO
     shapes = {n: {i: auto for i, size in enumerate(s.sizes) if isinstance(size, str)} for n, s in renamed.items()}
     tensors: dict[str, Any] = {name: sample(spec) for name, spec in renamed.items()}
-    settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
-    with quiet(), _called_with(model, {"use_cache": False, **(flags or {})}):
-        try:
-            exported: Any = DynamoExporter().export(model, tensors, config=settings)
-        except _UNTRACEABLE as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            fail(
-                "E038",
-                f"torch.export cannot trace {type(model).__name__} for the inputs {', '.join(inputs)}: {reason[0]}",
-                help="try another head (--head) or other inputs; the model class itself must be traceable",
-            )
-    program = Program.from_exported(getattr(exported, "program", exported))  # transformers 5.20 returns it bare
+    fixed = {"use_cache": False, **(flags or {})}
+    cache = TraceCache.of_environment()
+    key = key_of(model, renamed, fixed)
+    with quiet():
+        exported = cache.read(key)
+    if exported is None:
+        settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+        exported = _export(DynamoExporter(), model, tensors, settings, fixed)
+        with quiet():
+            cache.write(key, exported)
+    program = Program.from_exported(exported)
     used = {binding.name for node, binding in program.bindings.items() if binding.kind == "constant" and _read(node)}
     lost = [name for name in used if program.constants[name].device.type == "meta"]
     if lost:
         fail("E038", f"{type(model).__name__} makes the constants {', '.join(lost)} on the device of its weights")
     program.tied = tied_names(model)
     return program
+
+
+def _export(
+    exporter: DynamoExporter,
+    model: PreTrainedModel,
+    tensors: Mapping[str, Any],
+    settings: DynamoConfig,
+    flags: Mapping[str, Any],
+) -> ExportedProgram:
+    with quiet(), _called_with(model, flags):
+        try:
+            exported: Any = exporter.export(model, dict(tensors), config=settings)
+        except _UNTRACEABLE as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            names = ", ".join("labels" if name == LABELS else name for name in tensors)
+            fail(
+                "E038",
+                f"torch.export cannot trace {type(model).__name__} for the inputs {names}: {reason[0]}",
+                help="try another head (--head) or other inputs; the model class itself must be traceable",
+            )
+    return getattr(exported, "program", exported)  # transformers 5.20 returns it bare
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, str]:
