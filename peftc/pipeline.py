@@ -16,6 +16,7 @@ from peftc.diagnostics import did_you_mean, fail
 if TYPE_CHECKING:
     import torch
 
+    from peftc.frontend.cache import CacheLayout
     from peftc.frontend.trace import InputSpec, Skeleton
     from peftc.ir.program import Program
     from peftc.lang.rule import Rule
@@ -68,12 +69,13 @@ def analyse(
     skeleton: Skeleton,
     inputs: Mapping[str, InputSpec],
     flags: Mapping[str, Any] | None = None,
+    layout: CacheLayout | None = None,
     watch: Watcher | None = None,
 ) -> Program:
-    """Trace a model and find its sites."""
+    """Trace a model and find its sites. `layout` is that of a cache among the inputs."""
     from peftc.frontend.trace import trace
 
-    program = trace(skeleton, inputs, flags)
+    program = trace(skeleton, inputs, flags, layout)
     run(program, [load_pass("normalize")(), load_pass("locate")()], watch)
     return program
 

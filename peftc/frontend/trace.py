@@ -30,15 +30,18 @@ if TYPE_CHECKING:
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
+    from peftc.frontend.cache import CacheLayout
+
 LABELS = "loss_labels"
 """The exporter refuses an input called `labels`; the graph's loss input has this name instead."""
 
-_BATCH, _SEQUENCE, _TARGET = 3, 11, 13  # sample sizes: distinct, and unlikely to equal a model's own dimension
+_SAMPLES = {"batch": 3, "sequence": 11, "target": 13, "past": 7, "window": 5, "total": 18, "target_total": 20}
+"""Sample sizes: distinct, and unlikely to equal a model's own dimension. A total is what is past and what is new."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One tensor input: `sizes` holds "batch", "sequence", "target" (symbolic axes) or an int."""
+    """One tensor input: `sizes` holds names of symbolic axes ("batch", "sequence", "target", ...) or ints."""
 
     dtype: torch.dtype
     sizes: tuple[str | int, ...]
@@ -117,12 +120,11 @@ def forward_arguments(cls: type) -> tuple[str, ...]:
 
 def sample(spec: InputSpec, device: str = "meta") -> torch.Tensor:
     """A tensor of the sizes the trace is made with."""
-    named = {"batch": _BATCH, "sequence": _SEQUENCE, "target": _TARGET}
-    sizes: list[int] = [named[size] if isinstance(size, str) else size for size in spec.sizes]
+    sizes: list[int] = [_SAMPLES[size] if isinstance(size, str) else size for size in spec.sizes]
     return torch.ones(sizes, dtype=spec.dtype, device=device)
 
 
-_UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
+UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 """What torch.export raises, and what a model's own forward raises, when the model cannot be traced."""
 
 
@@ -133,11 +135,18 @@ def _read(node: fx.Node) -> bool:
     )
 
 
-def trace(skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[str, Any] | None = None) -> Program:
+def trace(
+    skeleton: Skeleton,
+    inputs: Mapping[str, InputSpec],
+    flags: Mapping[str, Any] | None = None,
+    layout: CacheLayout | None = None,
+) -> Program:
     """Trace the skeleton for these inputs into a `Program`.
 
     `flags` are the non-tensor keyword arguments (`output_hidden_states`, ...). A `labels` input gives a graph whose
-    first output is the loss. Raises `PeftcError` E038 when torch.export cannot trace the model.
+    first output is the loss. With a `layout` the inputs of `past_specs` are the model's cache, and the output
+    `past_key_values` is a tuple of tensors, as `peftc.frontend.cache.kept` says. Raises `PeftcError` E038 when
+    torch.export cannot trace the model.
     """
     # The exporter's module makes the classes of outputs known to torch, which a kept trace needs as well.
     from transformers.exporters.configs import DynamoConfig
@@ -148,14 +157,14 @@ def trace(skeleton: Skeleton, inputs: Mapping[str, InputSpec], flags: Mapping[st
     auto = torch.export.Dim.AUTO
     shapes = {n: {i: auto for i, size in enumerate(s.sizes) if isinstance(size, str)} for n, s in renamed.items()}
     tensors: dict[str, Any] = {name: sample(spec) for name, spec in renamed.items()}
-    fixed = {"use_cache": False, **(flags or {})}
+    fixed = {"use_cache": layout is not None, **(flags or {})}
     cache = TraceCache.of_environment()
     key = key_of(model, renamed, fixed)
     with quiet():
         exported = cache.read(key)
     if exported is None:
         settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
-        exported = _export(DynamoExporter(), model, tensors, settings, fixed)
+        exported = _export(DynamoExporter(), model, tensors, settings, fixed, layout)
         with quiet():
             cache.write(key, exported)
     program = Program.from_exported(exported)
@@ -173,11 +182,12 @@ def _export(
     tensors: Mapping[str, Any],
     settings: DynamoConfig,
     flags: Mapping[str, Any],
+    layout: CacheLayout | None,
 ) -> ExportedProgram:
-    with quiet(), _called_with(model, flags):
+    with quiet(), _called_with(model, flags, layout):
         try:
             exported: Any = exporter.export(model, dict(tensors), config=settings)
-        except _UNTRACEABLE as error:
+        except UNTRACEABLE as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             names = ", ".join("labels" if name == LABELS else name for name in tensors)
             fail(
@@ -199,8 +209,8 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _called_with(model: PreTrainedModel, flags: Mapping[str, Any]) -> Iterator[None]:
-    """Let the model take its labels under the name the exporter admits, and the flags as constants."""
+def _called_with(model: PreTrainedModel, flags: Mapping[str, Any], layout: CacheLayout | None) -> Iterator[None]:
+    """Let the model take its labels under the name the exporter admits, its cache as tensors, flags as constants."""
     original = model.forward
     accepted = forward_arguments(type(model))
     fixed = {name: value for name, value in flags.items() if name in accepted or "kwargs" in accepted}
@@ -208,7 +218,14 @@ def _called_with(model: PreTrainedModel, flags: Mapping[str, Any]) -> Iterator[N
     def forward(**kwargs: Any) -> Any:
         if LABELS in kwargs:
             kwargs["labels"] = kwargs.pop(LABELS)
-        return original(**kwargs, **fixed)
+        if layout is None:
+            return original(**kwargs, **fixed)
+        from peftc.frontend.cache import kept, traced_cache
+
+        past = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("past_")}
+        result = original(**kwargs, past_key_values=traced_cache(layout, past), **fixed)
+        result["past_key_values"] = kept(result["past_key_values"])
+        return result
 
     model.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -18,18 +18,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from peftc.agreement import check_same
 from peftc.diagnostics import fail
 from peftc.frontend.trace import LABELS, InputSpec, Skeleton, build_skeleton
 from peftc.ir.program import Program
+from peftc.ir.stepwise import across
 from peftc.pipeline import analyse, rewrite
 from peftc.plan import Plan
 from peftc.runtime.executor import Executor
-from peftc.runtime.signature import call_key, input_spec, read_call, refuse_cache
+from peftc.runtime.generation import Generates, refuse_cache
+from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.units import mark_layers, paths_of, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from peftc.frontend.cache import CacheLayout
     from peftc.lang.rule import Rule
 
 _CHECKPOINT = functools.partial(checkpoint, use_reentrant=False)
@@ -48,6 +52,12 @@ class Surgery:
     executors: dict[Any, Executor] = field(default_factory=dict)
     programs: dict[Any, Program] = field(default_factory=dict)
     skeletons: dict[Any, Skeleton] = field(default_factory=dict)
+    layouts: dict[Any, CacheLayout] = field(default_factory=dict)
+    """What the model's cache holds, where it has been asked for."""
+    cuts: dict[Any, Program] = field(default_factory=dict)
+    """Parts of the programs, by what they were cut from."""
+    uncached: dict[Any, str | None] = field(default_factory=dict)
+    """Why the model generates without a cache; None where it does with one."""
 
     def keep(self, model: Any, inputs: Mapping[str, InputSpec], skeleton: Skeleton, program: Program) -> None:
         """Keep a trace of `model` for its first call with `inputs`."""
@@ -56,10 +66,11 @@ class Surgery:
         self.programs[_variant(model), planned, call_key(inputs, {})] = program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Surgery:
-        return replace(self, executors={}, programs=dict(self.programs), skeletons=dict(self.skeletons))
+        own = {name: dict(getattr(self, name)) for name in ("programs", "skeletons", "layouts", "cuts", "uncached")}
+        return replace(self, executors={}, **own)
 
 
-class GraphModel:
+class GraphModel(Generates):
     """Mixed in before the model's own class; see the module docstring."""
 
     _surgery: Surgery
@@ -72,21 +83,35 @@ class GraphModel:
 
     def program_for(self, inputs: Mapping[str, torch.Tensor], flags: Mapping[str, Any] | None = None) -> Program:
         """The rewritten program that serves a call with these tensors (traced on first use)."""
-        surgery, flags = self._surgery, dict(flags or {})
-        model: Any = self
-        seq2seq = bool(model.config.is_encoder_decoder)
+        seq2seq = bool(self.config.is_encoder_decoder)  # pyright: ignore[reportAttributeAccessIssue]
         specs = {name: input_spec(name, tensor, encoder_decoder=seq2seq) for name, tensor in inputs.items()}
-        key = (_variant(model), _kinds(model, surgery.plan), call_key(specs, flags))
+        return self.program_of(specs, flags or {})
+
+    def program_of(
+        self, specs: Mapping[str, InputSpec], flags: Mapping[str, Any], layout: CacheLayout | None = None
+    ) -> Program:
+        """The rewritten program for inputs of these kinds, of which some are a cache of this layout."""
+        surgery = self._surgery
+        model: Any = self
+        key = (self.variant(), _kinds(model, surgery.plan), call_key(specs, flags))
         if key not in surgery.programs:
-            program = analyse(self._skeleton(), specs, flags)
+            program = analyse(self.skeleton(), specs, flags, layout)
             now = {name: model.get_parameter(name).dtype for name in surgery.plan.parameters}
-            rewrite(program, surgery.rule, dtypes=now, fresh=surgery.plan.trained)
+            plan = rewrite(program, surgery.rule, dtypes=now, fresh=surgery.plan.trained)
+            check_same(surgery.plan, plan)
+            if layout is not None and (reason := across(program)) is not None:
+                refuse_cache(type(self).__name__, reason)
             surgery.programs[key] = program
         return surgery.programs[key]
 
-    def _skeleton(self) -> Skeleton:
+    def variant(self) -> tuple[Any, ...]:
+        """What of the model, beside the inputs of a call, a trace of it depends on."""
+        return _variant(self)
+
+    def skeleton(self) -> Skeleton:
+        """The model without weights, as it is traced."""
         model: Any = self
-        skeletons, variant = self._surgery.skeletons, _variant(model)
+        skeletons, variant = self._surgery.skeletons, self.variant()
         if variant not in skeletons:
             skeletons[variant] = build_skeleton(self._surgery.base_class, copy.deepcopy(model.config), model.dtype)
         skeleton = skeletons[variant]
@@ -94,9 +119,9 @@ class GraphModel:
             skeleton.config.problem_type = model.config.problem_type
         return skeleton
 
-    def _executor(self, inputs: Mapping[str, torch.Tensor], flags: Mapping[str, Any]) -> Executor:
+    def executor_of(self, program: Program) -> Executor:
+        """The program as a callable, for the device and the mode that the model is in."""
         model: Any = self
-        program = self.program_for(inputs, flags)
         units = units_of(model)
         key = (id(program), model.training, model.device, units)
         if key not in self._surgery.executors:
@@ -105,32 +130,28 @@ class GraphModel:
             self._surgery.executors[key] = executor
         return self._surgery.executors[key]
 
+    def execute(self, program: Program, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """Run a program of this model on tensors by the names of its inputs; the model's own output class."""
+        executor, given = self.executor_of(program), dict(tensors)
+        if LABELS in executor.inputs:
+            given[LABELS] = given.pop("labels")
+        model: Any = self
+        return executor(state_of(model), given, model.get_submodule)
+
+    def run_flat(self, program: Program, tensors: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """As `execute`, but what the graph returns, as it does."""
+        model: Any = self
+        return self.executor_of(program).in_parts(state_of(model), tensors, model.get_submodule)
+
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model: Any = self
         call = read_call(self._surgery.base_class.forward, model.config, args, kwargs)
-        executor = self._executor(call.tensors, call.flags)
-        tensors = dict(call.tensors)
-        if LABELS in executor.inputs:
-            tensors[LABELS] = tensors.pop("labels")
-        result = executor(state_of(model), tensors, model.get_submodule)
+        if call.cached or call.encoded is not None:
+            from peftc.runtime.cached import answer
+
+            return answer(self, call)
+        result = self.execute(self.program_for(call.tensors, call.flags), call.tensors)
         return result.to_tuple() if call.as_tuple else result
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`, which computes every token from the whole text: there is no cache yet.
-
-        Raises `PeftcError` E041 for an encoder-decoder, and for `use_cache=True`.
-        """
-        model: Any = self
-        if model.config.is_encoder_decoder:
-            fail(
-                "E041",
-                "`generate` on an adapted encoder-decoder would run the encoder without its deltas",
-                help="call the model with input_ids and decoder_input_ids, or merge or export it first",
-            )
-        if kwargs.get("use_cache"):
-            refuse_cache("use_cache=True")
-        base: Any = super()
-        return base.generate(*args, **{**kwargs, "use_cache": False})
 
     def save_pretrained(
         self,

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import torch
 
@@ -17,7 +17,6 @@ _TARGET = frozenset({"decoder_input_ids", "decoder_attention_mask", "decoder_pos
 _SEQUENCE = frozenset({
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox",
 })  # fmt: skip
-_CACHES: Final = ("past_key_values", "cache_params", "encoder_outputs")
 _FROM_CONFIG: Final = ("output_hidden_states", "output_attentions")
 _PLAIN: Final = (bool, int, float, str)
 
@@ -32,6 +31,11 @@ class Call:
     tensors: dict[str, torch.Tensor]
     flags: dict[str, Any]
     as_tuple: bool
+    cached: bool = False
+    """Whether it has a cache, or is to make one."""
+    cache: Any = None
+    encoded: Any = None
+    """What the encoder has said already, as its output class."""
 
 
 def read_call(forward: Callable[..., Any], config: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -46,9 +50,10 @@ def read_call(forward: Callable[..., Any], config: Any, args: tuple[Any, ...], k
     given.update(given.pop(rest, {}))
     given = {name: value for name, value in given.items() if value is not None}
     as_tuple = not given.pop("return_dict", getattr(config, "return_dict", True))
-    found = [name for name in _CACHES if name in given] + ["use_cache=True"] * bool(given.pop("use_cache", False))
-    if found:
-        refuse_cache(found[0])
+    cache, encoded = given.pop("past_key_values", None), _encoded(given.pop("encoder_outputs", None))
+    cached = bool(given.pop("use_cache", False)) or cache is not None
+    if "cache_params" in given:
+        fail("E041", "an adapted model takes no `cache_params`", help="leave it out: `generate` does without by itself")
     if isinstance(given.get("num_items_in_batch"), int):
         given["num_items_in_batch"] = torch.tensor(given["num_items_in_batch"])  # else every count were a new trace
     for name in _FROM_CONFIG:
@@ -60,16 +65,18 @@ def read_call(forward: Callable[..., Any], config: Any, args: tuple[Any, ...], k
     for name, value in flags.items():
         if not isinstance(value, _PLAIN):
             fail("E041", f"an adapted model takes no {type(value).__name__} as `{name}`", help="give tensors")
-    return Call(tensors, flags, as_tuple)
+    return Call(tensors, flags, as_tuple, cached, cache, encoded)
 
 
-def refuse_cache(name: str) -> NoReturn:
-    """Raise E041 about the argument `name`."""
-    fail(
-        "E041",
-        f"an adapted model keeps no cache, so it takes no `{name}`",
-        help="leave it out (`generate` does without by itself), or merge the deltas first: peftc merge",
-    )
+def _encoded(given: Any) -> Any:
+    """What was given as `encoder_outputs`, which may be a tuple, as an output class."""
+    if given is None or hasattr(given, "last_hidden_state"):
+        return given
+    from transformers.modeling_outputs import BaseModelOutput
+
+    if not isinstance(given, (tuple, list)) or not given:
+        fail("E041", f"an adapted model takes no {type(given).__name__} as `encoder_outputs`", help="give a tuple")
+    return BaseModelOutput(*given[:3])
 
 
 def input_spec(name: str, tensor: torch.Tensor, *, encoder_decoder: bool) -> InputSpec:

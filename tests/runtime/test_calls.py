@@ -131,16 +131,19 @@ def test_every_count_of_items_runs_one_trace(adapted: Load) -> None:
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("given", [{"use_cache": True}, {"past_key_values": ((None, None),)}])
-def test_a_cache_is_refused_by_name(adapted: Load, given: dict[str, Any]) -> None:
-    with pytest.raises(PeftcError, match=r"E041 error: an adapted model keeps no cache"):
-        adapted("llama")(**batch(), **given)
-
-
-def test_encoder_outputs_are_refused_for_they_lack_the_deltas(adapted: Load, plain: Load) -> None:
-    outputs = plain("bart").get_encoder()(**batch())
-    with pytest.raises(PeftcError, match=r"E041 .*`encoder_outputs`"):
-        adapted("bart")(encoder_outputs=outputs, decoder_input_ids=batch()["input_ids"])
+@pytest.mark.parametrize(
+    ("name", "given", "reason"),
+    [
+        ("llama", {"past_key_values": ((None, None),)}, "takes no tuple as `past_key_values`"),
+        ("bert", {"use_cache": True}, "keeps no cache: it returns none"),
+        ("bart", {"encoder_outputs": "text", "decoder_input_ids": None}, "takes no str as `encoder_outputs`"),
+    ],
+)
+def test_a_cache_that_cannot_be_used_is_refused_by_name(
+    adapted: Load, name: str, given: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(PeftcError, match=rf"E041 error: an adapted \w+ {reason}"):
+        adapted(name)(**{**batch(), **given})
 
 
 def test_an_argument_that_is_no_tensor_is_refused_by_name(adapted: Load) -> None:

@@ -1,4 +1,4 @@
-"""`generate` without a cache writes the tokens that an argmax over `forward`, written by hand, writes."""
+"""`generate` writes the tokens that an argmax over `forward`, written by hand, writes (see tests/generation)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import peftc
-from peftc.diagnostics import PeftcError
 from runtime.tiny import moved
 
 Load = Callable[..., Any]
@@ -57,32 +56,7 @@ def test_prompt_without_a_mask_is_read_whole(model: Any) -> None:
     assert torch.equal(found, by_hand(model, ids, torch.ones_like(ids)))
 
 
-def test_generating_runs_few_traces(model: Any) -> None:
-    before = len(model.surgery.programs)
-    model.generate(**prompts(3), max_new_tokens=NEW, do_sample=False)
-    model.generate(**prompts(2), max_new_tokens=NEW + 3, do_sample=False)
-    assert len(model.surgery.programs) <= before + 1
-
-
 def test_beams_and_samples_are_as_many_as_asked_for(model: Any) -> None:
     found = model.generate(**prompts(2), max_new_tokens=4, num_beams=2, num_return_sequences=2, do_sample=False)
     assert found.shape[0] == 4
     assert model.generate(**prompts(2), max_new_tokens=4, do_sample=True).shape[0] == 2
-
-
-def test_a_generation_config_that_asks_for_a_cache_does_not_get_one(model: Any) -> None:
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=PAD, eos_token_id=END)
-    given = prompts(1)
-    assert torch.equal(model.generate(**given, generation_config=config), by_hand(model, **given))
-
-
-def test_asking_for_a_cache_is_refused(model: Any) -> None:
-    with pytest.raises(PeftcError, match=r"E041 .*keeps no cache"):
-        model.generate(**prompts(1), max_new_tokens=2, use_cache=True)
-
-
-def test_encoder_decoder_says_why_it_cannot_generate(adapted: Load) -> None:
-    with pytest.raises(PeftcError, match=r"E041 .*encoder without its deltas"):
-        adapted("bart").generate(**prompts(1), max_new_tokens=2)
