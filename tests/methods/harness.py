@@ -83,6 +83,14 @@ def scramble(parameters: Iterable[tuple[str, torch.nn.Parameter]], scale: float 
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+def peft_model(family: str, config: Any) -> Any:
+    """`tiny` with a method of peft. Its start is random, and `scramble` adds to it, so the seed is set here."""
+    import peft
+
+    torch.manual_seed(4)
+    return peft.get_peft_model(tiny(family), config).eval()
+
+
 def apply_rule(rule: str, base: Path, values: Mapping[str, object]) -> Any:
     """The adapted model; `rule` is a name of the library or the text of a rule."""
     source = parse_rule(rule, "rule.yaml") if "\n" in rule else rule

@@ -24,6 +24,7 @@ from methods.harness import (
     gradients,
     layers,
     output,
+    peft_model,
     scramble,
     set_deltas,
     tiny,
@@ -349,7 +350,7 @@ def _gradient_difference(ours: Any, values: Tensors, theirs: Any, trained: list[
 @pytest.mark.parametrize("name", CASES)
 def test_rule_computes_and_merges_what_peft_does(name: str, bases: Callable[[str], Path]) -> None:
     case = CASES[name]
-    theirs = peft.get_peft_model(tiny(case.family), case.config(case.family)).eval()
+    theirs = peft_model(case.family, case.config(case.family))
     trained = [(n, p) for n, p in theirs.named_parameters() if p.requires_grad]
     scramble(trained)
     ours = apply_rule(case.rule, bases(case.family), case.values)
@@ -366,9 +367,10 @@ def test_rule_computes_and_merges_what_peft_does(name: str, bases: Callable[[str
     assert folded.results == {case.result}
     weights = 0.0
     if case.result == "merged":
-        merged = theirs.merge_and_unload().state_dict()
-        weights = max(difference(folded.state(key), value) for key, value in merged.items())
-        assert difference(output(folded.into(tiny(case.family))), expected) <= WORST
+        merged = theirs.merge_and_unload()
+        weights = max(difference(folded.state(key), value) for key, value in merged.state_dict().items())
+        # Merged to merged: peft's own two outputs, unmerged and merged, may differ by more than this in float32.
+        assert difference(output(folded.into(tiny(case.family))), output(merged)) <= WORST
     kept = {"weights": weights} if case.result == "merged" else {}
     kept |= {"gradients": slope} if case.same_gradient else {}
     config = type(theirs.peft_config["default"]).__name__

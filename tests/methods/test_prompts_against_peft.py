@@ -11,7 +11,7 @@ import torch
 from recording import record
 from torch import Tensor
 
-from methods.harness import Folded, apply_rule, difference, inputs, scramble, tiny
+from methods.harness import Folded, apply_rule, difference, inputs, peft_model, scramble, tiny
 from peftc import driver
 
 WORST = 1e-5
@@ -44,7 +44,7 @@ def test_p_tuning_computes_what_peft_does_and_exports(tmp_path: Path) -> None:
     config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=ROWS, encoder_reparameterization_type="MLP", encoder_hidden_size=WIDTH
     )
-    theirs = peft.get_peft_model(tiny("llama"), config)
+    theirs = peft_model("llama", config)
     scramble((name, p) for name, p in theirs.named_parameters() if p.requires_grad)
     encoder = dict(theirs.prompt_encoder["default"].named_parameters())
     assert set(encoder) == set(_NAMES.values())

@@ -19,6 +19,7 @@ from methods.harness import (
     inputs,
     layers,
     output,
+    peft_model,
     scramble,
     set_deltas,
     tiny,
@@ -50,7 +51,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def _theirs(family: str, start: str) -> Any:
     config = peft.LoraConfig(target_modules=ALL[family], r=RANK, lora_alpha=ALPHA, init_lora_weights=start)
-    return peft.get_peft_model(tiny(family), config).eval()
+    return peft_model(family, config)
 
 
 def _lora(layer: Any) -> tuple[Tensor, Tensor]:
