@@ -38,7 +38,7 @@ def refused(plan: Planner, rule: Rule, model: str = "bert") -> str:
     return diagnostic.message
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_value_is_the_largest_that_fits(plan: Planner, data: Any) -> None:
     name = data.draw(st.sampled_from(["lora", "houlsby", "pa_ffn", "dora", "loha"]))

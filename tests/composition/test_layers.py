@@ -236,7 +236,7 @@ def test_plan_tells_the_value_of_each_layer(directory: Directory, tmp_path: Path
     assert "r = 3 in layer 0, 2 in layer 1, 5 in layer 2, 7 in layer 3" in rendered(report)
 
 
-@pytest.mark.parametrize("rule", ["lora", "pa_ffn"])
+@pytest.mark.parametrize("rule", [pytest.param("lora", marks=pytest.mark.slow), "pa_ffn"])
 def test_deltas_of_differing_sizes_are_saved_loaded_and_merged(rule: str, directory: Directory, tmp_path: Path) -> None:
     text = f'peftc: 1\nname: t\nextends: {rule}\nhyper: {{r: {{default: 2, layers: {{0: 3, "last 1": 5}}}}'
     text += ", f: gelu, bias: false}\n" if rule == "pa_ffn" else "}\n"

@@ -76,11 +76,13 @@ def test_step_nine_says_the_same_as_the_last_step(example: ModuleType, tmp_path:
     assert [one.get_parameter(n).shape for n in names] == [other.get_parameter(n).shape for n in names]
 
 
+@pytest.mark.slow
 def test_loss_falls_on_minilm(trained: tuple[Any, tuple[float, float], Path]) -> None:
     _, (first, last), _ = trained
     assert last < 0.8 * first
 
 
+@pytest.mark.slow
 def test_trained_method_is_kept_with_a_reason_and_exports(
     trained: tuple[Any, tuple[float, float], Path], tmp_path: Path
 ) -> None:

@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 
 from families.conftest import Subject
-from families.family import fill
+from families.family import FAMILIES, fill
 from peftc import driver
 
 TOLERANCE = 1e-4
+QUICK = ("bert", "opt", "bart", "vit")
+"""An encoder, a decoder, an encoder-decoder and a model of images; the others are exported by `make test-all`."""
+FAMILY = [pytest.param(f, id=f.name, marks=() if f.name in QUICK else pytest.mark.slow) for f in FAMILIES]
 
 
+@pytest.mark.parametrize("subject", FAMILY, indirect=True, scope="session")
 def test_the_exported_model_equals_the_adapted_one(subject: Subject, mam: Any, tmp_path: Path) -> None:
     fill(mam)
     mam.eval().save_pretrained(tmp_path / "delta")

@@ -11,7 +11,9 @@ from methods.harness import apply_rule, scramble, tiny
 from peftc import driver
 
 
-@pytest.mark.parametrize(("rule", "values"), [("loreft", {"r": 3}), ("moe_lora", {"r": 2, "e": 3})])
+@pytest.mark.parametrize(
+    ("rule", "values"), [pytest.param("loreft", {"r": 3}, marks=pytest.mark.slow), ("moe_lora", {"r": 2, "e": 3})]
+)
 def test_kept_method_exports(rule: str, values: dict[str, object], tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "base")
     ours = apply_rule(rule, tmp_path / "base", values)

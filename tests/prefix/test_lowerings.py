@@ -18,9 +18,18 @@ from torch import Tensor
 import peftc
 
 EXACT = 1e-12
-NAMES = ("bert", "gpt2", "llama", "bloom", "t5", "bart", "gemma2", "mpnet")
-DECODERS = ("gpt2", "opt", "bloom", "llama", "qwen3", "phi3", "gemma2", "bart", "t5")
-EAGER = ("bert", "llama", "gpt2", "bart")
+QUICK = ("bert", "gpt2", "llama", "bloom", "bart")
+"""One family for each kind of mask and of positions; `make test-all` runs the others too."""
+
+
+def names(*families: str, quick: tuple[str, ...] = QUICK) -> list[Any]:
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in families]
+
+
+NAMES = names("bert", "gpt2", "llama", "bloom", "t5", "bart", "gemma2", "mpnet")
+OTHERS = names("opt", "qwen3", "phi3")
+DECODERS = names("gpt2", "opt", "bloom", "llama", "qwen3", "phi3", "gemma2", "bart", "t5")
+EAGER = names("bert", "llama", "gpt2", "bart", quick=("llama", "bart"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,17 +108,17 @@ def test_gradients_of_both_lowerings_agree(models: Models, name: str) -> None:
     inputs, found = BY_NAME[name].inputs(), {}
     for rule in ("prefix", "prefix_gated"):
         model = models(rule, name)
-        names = [n for n, p in model.named_parameters() if p.requires_grad and ".peftc." in n]
+        deltas = [n for n, p in model.named_parameters() if p.requires_grad and ".peftc." in n]
         output = real(BY_NAME[name], inputs, model(**inputs).logits)
         noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-        parameters = [model.get_parameter(n) for n in names]
-        found[rule] = dict(zip(names, torch.autograd.grad((output * noise).sum(), parameters), strict=True))
+        parameters = [model.get_parameter(n) for n in deltas]
+        found[rule] = dict(zip(deltas, torch.autograd.grad((output * noise).sum(), parameters), strict=True))
     assert found["prefix"].keys() == found["prefix_gated"].keys()
     for key, value in found["prefix"].items():
         assert (value - found["prefix_gated"][key]).abs().max() <= 1e-10 * max(1.0, float(value.abs().max())), key
 
 
-@pytest.mark.parametrize("name", [*NAMES, "opt", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_padding_changes_nothing(models: Models, name: str) -> None:
     """Each row of a padded batch gives what it gives alone."""
     family, model = BY_NAME[name], models("prefix", name)
@@ -132,7 +141,7 @@ def test_an_all_ones_mask_is_no_mask(models: Models, name: str) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padding"])
-@pytest.mark.parametrize("name", [*NAMES, "opt", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_the_prefix_has_an_effect_on_every_token(models: Models, name: str, padded: bool) -> None:
     family = BY_NAME[name]
     inputs = family.inputs(padded=padded)

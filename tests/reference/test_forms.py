@@ -159,7 +159,16 @@ ROWS: dict[str, tuple[str, type[Method]]] = {
 }
 
 
-@pytest.mark.parametrize("choice", ROWS)
+QUICK = ("first-layer-self", "projection-weights")
+"""Choices that `make test` makes on BART too, which takes three times as long as BERT."""
+ON_BOTH = [
+    pytest.param(choice, model, marks=() if model == "bert" or choice in QUICK else pytest.mark.slow)
+    for model in ("bert", "bart")
+    for choice in ROWS
+]
+
+
+@pytest.mark.parametrize(("choice", "case"), ON_BOTH, indirect=["case"])
 def test_choice_equals_its_formula(choice: str, case: Case, tmp_path: Path) -> None:
     row, method = ROWS[choice]
     rule = tmp_path / "rule.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from recording import record
@@ -49,9 +50,21 @@ def test_every_reference_is_of_a_rule_of_the_library() -> None:
     assert set(METHODS) == set(SIZES) <= {file.stem for file in RULES.glob("*.yaml")}
 
 
-@pytest.mark.parametrize(
-    ("rule", "hyper"), VARIANTS, ids=["-".join([rule, *(str(v) for v in hyper.values())]) for rule, hyper in VARIANTS]
-)
+QUICK = ("prompt", "prefix", "prefix_gated", "houlsby", "lora", "pa_ffn", "mam")
+"""Rules that `make test` runs on BART too, which takes three times as long as BERT."""
+
+
+def on_both() -> list[Any]:
+    found: list[Any] = []
+    for model in ("bert", "bart"):
+        for rule, hyper in VARIANTS:
+            quick = model == "bert" or (rule in QUICK and hyper == SIZES[rule])
+            name = "-".join([model, rule, *(str(value) for value in hyper.values())])
+            found.append(pytest.param(rule, hyper, model, id=name, marks=() if quick else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("rule", "hyper", "case"), on_both(), indirect=["case"])
 def test_rule_equals_its_reference(rule: str, hyper: Hyper, case: Case) -> None:
     model = peftc.apply(rule, case.directory, set=hyper, seed=0)
     found = assert_equal(model, case, METHODS[rule], hyper)

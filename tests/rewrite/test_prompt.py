@@ -103,7 +103,10 @@ def run(model: Any, given: dict[str, Any]) -> list[Tensor]:
     return [*outputs, gradient]
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("a pooler", "positions")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_the_long_form_is_the_shorthand(name: str, tmp_path: Path) -> None:
     make, cls, given, taps = CASES[name]
     torch.manual_seed(0)

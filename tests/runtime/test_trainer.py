@@ -15,7 +15,7 @@ from runtime.tiny import batch
 
 Load = Callable[..., Any]
 MAM = {"l": 3, "r": 4}
-KINDS = ["bert", "llama", pytest.param("bart", marks=pytest.mark.slow)]
+KINDS = [pytest.param("bert", marks=pytest.mark.slow), "llama", pytest.param("bart", marks=pytest.mark.slow)]
 
 
 def rows(count: int, kind: str) -> list[dict[str, Any]]:
@@ -114,6 +114,7 @@ def test_resumed_run_ends_where_the_whole_run_ends(model_dir: Load, tmp_path: Pa
         torch.testing.assert_close(resumed[name], value)
 
 
+@pytest.mark.slow
 def test_best_model_is_loaded_at_the_end(model_dir: Load, tmp_path: Path) -> None:
     model = peftc.apply("mam", model_dir("llama"), set=MAM)
     best_first = {"metric_for_best_model": "loss", "greater_is_better": True}  # the worst, then: the first one
@@ -131,7 +132,7 @@ def test_resuming_names_no_frozen_tensor_as_missing(
     model_dir: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = peftc.apply("lora", model_dir("bert"))
-    run = trainer(model, tmp_path, "bert", max_steps=2)
+    run = trainer(model, tmp_path, "bert", max_steps=2, eval_strategy="no")
     run.train()
     run.args.max_steps = 3
     caplog.clear()
