@@ -164,15 +164,16 @@ class GraphModel(Generates):
         """Write the delta directory: rule, deltas and trained base tensors, never the base weights.
 
         `state_dict` gives the values in place of the model's own, as in transformers' method; its other arguments
-        are accepted and have no meaning here. Files that are there and not peftc's stay. Raises `PeftcError` E036,
-        E040, E041.
+        are accepted and have no meaning here. Files that are there and not peftc's stay. A sharded model (FSDP2) is
+        gathered: call this on every process, with `is_main_process` on one. Raises `PeftcError` E036, E040, E041.
         """
-        from peftc.runtime.save import save_model
+        from peftc.runtime.save import save_model, values_to_save
 
         if push_to_hub:
             fail("E041", "peftc uploads nothing", help="upload the saved directory with `hf upload`")
+        values = values_to_save(self, state_dict)
         if is_main_process:
-            save_model(self, Path(save_directory), state_dict)
+            save_model(self, Path(save_directory), values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A model with parameters of its own; traces, which hold none, are shared."""

@@ -27,14 +27,13 @@ if TYPE_CHECKING:
 _CHECKPOINT: Final = re.compile(r"checkpoint-\d+")
 
 
-def save_model(model: Any, target: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Save the deltas and trained base tensors of an adapted model, or those of `state`, into `target`.
+def save_model(model: Any, target: Path, values: Mapping[str, torch.Tensor]) -> None:
+    """Save `values`, which `values_to_save` gives, as the delta directory `target`.
 
-    Raises `PeftcError`: E036, the place cannot be used; E040, `state` lacks a tensor.
+    Raises `PeftcError` E036: the place cannot be used.
     """
     surgery: Surgery = model.surgery
     _refuse_model(target, surgery)
-    values = _values(model, state)
     entries = [TensorSpec(name, dtype_code(value.dtype), tuple(value.shape)) for name, value in values.items()]
 
     def support(fresh: Path) -> None:
@@ -74,14 +73,23 @@ def _refuse_model(target: Path, surgery: Surgery) -> None:
         fail("E036", f"{target} holds a model's weights ({WEIGHTS})", help="save into another directory")
 
 
-def _values(model: Any, state: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+def values_to_save(model: Any, state: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The deltas and trained base tensors of `model`, or those of `state`, whole.
+
+    Where they are sharded (FSDP2) this is a collective: every process has to take part. Raises `PeftcError` E040.
+    """
     names = [*model.surgery.plan.parameters, *model.surgery.plan.trained]
     if state is None:
-        return {name: model.get_parameter(name).detach().cpu() for name in names}
+        return {name: _whole(model.get_parameter(name)) for name in names}
     missing = [name for name in names if name not in state]
     if missing:
         fail("E040", f"the state dict to be saved lacks {missing[0]}", help="give the state dict of the whole model")
-    return {name: state[name].detach().cpu() for name in names}
+    return {name: _whole(state[name]) for name in names}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    gather = getattr(tensor.detach(), "full_tensor", None)  # a DTensor has it
+    return (tensor.detach() if gather is None else gather()).cpu()
 
 
 def _copy_support(surgery: Surgery, fresh: Path, target: Path) -> None:
