@@ -29,7 +29,7 @@ from peftc.progress import Progress
 from peftc.reports import MergeReport
 from peftc.runtime.api import load, new_parameters
 from peftc.runtime.delta_dir import DeltaDir
-from peftc.runtime.graph_model import state_of
+from peftc.runtime.state import state_of
 from peftc.store.atomic import atomic_directory, check_target
 from peftc.store.model_dir import ModelDir
 

@@ -14,9 +14,10 @@ from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.lang.loader import load_rule
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.delta_dir import DeltaDir, check_names
-from peftc.runtime.graph_model import Surgery, attach, state_of
+from peftc.runtime.graph_model import Surgery, attach
 from peftc.runtime.init import Initializer
 from peftc.runtime.saved import SavedDeltas
+from peftc.runtime.state import state_of
 from peftc.store.heads import resolve
 from peftc.store.keys import key_map
 from peftc.store.model_dir import ModelDir

@@ -28,6 +28,8 @@ from peftc.plan import Plan
 from peftc.runtime.executor import Executor
 from peftc.runtime.generation import Generates, refuse_cache
 from peftc.runtime.signature import call_key, input_spec, read_call
+from peftc.runtime.state import state_of
+from peftc.runtime.submodels import adopt
 from peftc.runtime.units import mark_layers, paths_of, units_of
 
 if TYPE_CHECKING:
@@ -223,28 +225,6 @@ def _kinds(model: Any, plan: Plan) -> tuple[torch.dtype, ...]:
     return tuple(model.get_parameter(name).dtype for name in plan.one_of_each_dtype)
 
 
-def state_of(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
-    """Parameters and buffers by name, read through the module tree at each access, so that `.to()` holds."""
-    return _State(model)
-
-
-class _State(Mapping[str, torch.Tensor]):
-    __slots__ = ("_model",)
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        path, _, leaf = name.rpartition(".")
-        return getattr(self._model.get_submodule(path), leaf)
-
-    def __iter__(self) -> Any:
-        yield from (name for name, _ in self._model.named_parameters(remove_duplicate=False))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 @functools.cache
 def _subclass(base: type[PreTrainedModel]) -> type[Any]:
     @functools.wraps(base.forward)
@@ -269,6 +249,7 @@ def attach(model: PreTrainedModel, surgery: Surgery, values: Mapping[str, torch.
     # The Trainer, which resumes from what was saved, then misses no frozen tensor.
     saved = {*surgery.plan.parameters, *surgery.plan.trained}
     model._keys_to_ignore_on_save = set(model.state_dict()) - saved
+    adopt(model)
     return model
 
 

@@ -15,9 +15,10 @@ from peftc.frontend.trace import InputSpec
 
 _TARGET = frozenset({"decoder_input_ids", "decoder_attention_mask", "decoder_position_ids", "decoder_inputs_embeds"})
 _SEQUENCE = frozenset({
-    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox",
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "seq_idx",
 })  # fmt: skip
 _FROM_CONFIG: Final = ("output_hidden_states", "output_attentions")
+_FOR_FLASH: Final = ("max_length_q", "max_length_k")
 _PLAIN: Final = (bool, int, float, str)
 
 
@@ -56,6 +57,9 @@ def read_call(forward: Callable[..., Any], config: Any, args: tuple[Any, ...], k
         fail("E041", "an adapted model takes no `cache_params`", help="leave it out: `generate` does without by itself")
     if isinstance(given.get("num_items_in_batch"), int):
         given["num_items_in_batch"] = torch.tensor(given["num_items_in_batch"])  # else every count were a new trace
+    if not str(getattr(config, "_attn_implementation", "")).startswith("flash"):
+        for name in _FOR_FLASH:  # nothing else reads the longest sample of a packed batch; each were a new trace
+            given.pop(name, None)
     for name in _FROM_CONFIG:
         given.setdefault(name, bool(getattr(config, name, False)))
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
