@@ -164,7 +164,9 @@ def trace(
         exported = cache.read(key)
     if exported is None:
         settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
-        exported = _export(DynamoExporter(), model, tensors, settings, fixed, layout)
+        with quiet():
+            exporter = DynamoExporter()
+        exported = _export(exporter, model, tensors, settings, fixed, layout)
         with quiet():
             cache.write(key, exported)
     program = Program.from_exported(exported)

@@ -112,6 +112,8 @@ class _Answer:
         if layout is not None:
             keep(cache, layout, result["past_key_values"], new)
             result["past_key_values"] = cache
+        if self._last:
+            result["logits"] = result["logits"][:, -self._last :]
         if encoded is not None:
             _restore_encoded(result, encoded)
         return result.to_tuple() if call.as_tuple else result
@@ -157,7 +159,19 @@ class _Answer:
             usual = default_inputs(self.model.skeleton().model)
             main = self.model.main_input_name
             specs = {main: usual[main], **specs}
-        return self.model.program_of(specs, self.call.flags, layout)
+        return self.model.program_of(specs, self._flags(), layout)
+
+    @property
+    def _last(self) -> int:
+        """How many of the last logits are asked for, where that changes from call to call; 0 for what a trace gives.
+
+        Assisted decoding asks for as many as there are candidates, and each number would be a trace of its own.
+        """
+        asked = self.call.flags.get("logits_to_keep", 0)
+        return asked if asked > 1 and self.call.cached and "labels" not in self.call.tensors else 0
+
+    def _flags(self) -> dict[str, Any]:
+        return {name: value for name, value in self.call.flags.items() if not (name == "logits_to_keep" and self._last)}
 
     def _cut(self, program: Program, held: Mapping[str, torch.Tensor]) -> Program:
         """The decoder of the program, or one step of it where keys and values of cross attention are at hand."""

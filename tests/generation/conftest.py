@@ -22,7 +22,7 @@ FAMILIES = {**BY_NAME, **{family.name: family for family in MORE}}
 
 HYPERS: dict[str, dict[str, object]] = {
     "mam": {"l": 3, "r": 5, "s": 2.0}, "lora": {"r": 4}, "prefix": {"l": 3}, "houlsby": {"r": 5},
-    "prefix_gated": {"l": 3}, "prompt": {"l": 4},
+    "prefix_gated": {"l": 3}, "prompt": {"l": 4}, "unipelt": {},
 }  # fmt: skip
 
 

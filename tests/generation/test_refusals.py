@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import peftc
 from generation.conftest import Make, prompts
 from generation.reference import greedy
 from peftc.diagnostics import PeftcError
@@ -24,3 +26,26 @@ def test_a_prompt_generates_without_a_cache_and_says_why(made: Make) -> None:
         subject.model.generate(**given, **OPTIONS, use_cache=True)
     with pytest.raises(PeftcError, match=r"E041 error: .*delta `prompt` makes the sequence longer"):
         subject.model(**given, use_cache=True)
+
+
+@pytest.mark.slow
+def test_a_model_whose_state_is_no_keys_and_values_generates_without_a_cache(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    model = peftc.apply("lora_linear", tmp_path, set={"r": 4})
+    ids = prompts(1)["input_ids"]
+    with pytest.warns(UserWarning, match=r"generating without a cache: an adapted MambaForCausalLM keeps no cache"):
+        found = model.generate(ids, **OPTIONS)
+    for _ in range(NEW):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, ids)
+
+
+@pytest.mark.slow
+def test_a_delta_that_sums_along_the_sequence_is_told_by_its_op(made: Make) -> None:
+    with pytest.warns(UserWarning, match=r"delta `lora.q` looks beyond a token: its `mean` works along the sequence"):
+        made("llama", "unipelt").model.generate(**prompts(1), **OPTIONS)
