@@ -30,7 +30,7 @@ from peftc.runtime.generation import Generates, refuse_cache
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.submodels import adopt
-from peftc.runtime.units import mark_layers, paths_of, units_of
+from peftc.runtime.units import gathered_dtype, mark_layers, paths_of, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,8 @@ class GraphModel(Generates):
         key = (self.variant(), _kinds(model, surgery.plan), call_key(specs, flags))
         if key not in surgery.programs:
             program = analyse(self.skeleton(), specs, flags, layout)
-            now = {name: model.get_parameter(name).dtype for name in surgery.plan.parameters}
+            one = gathered_dtype(model)
+            now = {name: one or model.get_parameter(name).dtype for name in surgery.plan.parameters}
             plan = rewrite(program, surgery.rule, dtypes=now, fresh=surgery.plan.trained)
             check_same(surgery.plan, plan)
             if layout is not None and (reason := across(program)) is not None:
@@ -115,7 +116,7 @@ class GraphModel(Generates):
         model: Any = self
         skeletons, variant = self._surgery.skeletons, self.variant()
         if variant not in skeletons:
-            skeletons[variant] = build_skeleton(self._surgery.base_class, copy.deepcopy(model.config), model.dtype)
+            skeletons[variant] = build_skeleton(self._surgery.base_class, copy.deepcopy(model.config), variant[0])
         skeleton = skeletons[variant]
         if hasattr(skeleton.config, "problem_type"):
             skeleton.config.problem_type = model.config.problem_type
@@ -217,12 +218,13 @@ class GraphModel(Generates):
 
 def _variant(model: Any) -> tuple[Any, ...]:
     """What of a model, beside the inputs of a call, its trace depends on."""
-    return model.dtype, model.config._attn_implementation
+    return gathered_dtype(model) or model.dtype, model.config._attn_implementation
 
 
 def _kinds(model: Any, plan: Plan) -> tuple[torch.dtype, ...]:
     """The dtypes that the deltas have now (a user may have converted the model), one of each that the plan has."""
-    return tuple(model.get_parameter(name).dtype for name in plan.one_of_each_dtype)
+    one = gathered_dtype(model)
+    return tuple(one or model.get_parameter(name).dtype for name in plan.one_of_each_dtype)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from peftc.pipeline import analyse, rewrite
 from peftc.runtime.executor import Executor
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
-from peftc.runtime.units import paths_of, units_of
+from peftc.runtime.units import gathered_dtype, paths_of, units_of
 from peftc.select import selected
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def _program(place: Place, inputs: Mapping[str, torch.Tensor], flags: Mapping[st
     root, surgery = place.root, place.root.surgery
     seq2seq = bool(root.config.is_encoder_decoder)
     specs = {name: input_spec(name, tensor, encoder_decoder=seq2seq) for name, tensor in inputs.items()}
-    now = {name: root.get_parameter(name).dtype for name in surgery.plan.parameters}
+    one = gathered_dtype(root)
+    now = {name: one or root.get_parameter(name).dtype for name in surgery.plan.parameters}
     kinds = tuple(now[name] for name in surgery.plan.one_of_each_dtype)
     key = (place.path, root.variant(), kinds, call_key(specs, flags))
     if key not in surgery.programs:
@@ -115,7 +116,7 @@ def _rewritten(
 ) -> Program:
     root, surgery = place.root, place.root.surgery
     cls = _traced(surgery.base_class, place.path, place.own)
-    program = analyse(build_skeleton(cls, copy.deepcopy(root.config), root.dtype), specs, flags)
+    program = analyse(build_skeleton(cls, copy.deepcopy(root.config), root.variant()[0]), specs, flags)
     rule = _narrowed(surgery.rule, program)
     plan = rewrite(program, rule, dtypes=now, fresh=surgery.plan.trained)
     refuse_other(place, surgery.plan, plan)

@@ -46,6 +46,12 @@ def is_layer(module: torch.nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer) or "_peftc_layer" in module.__dict__
 
 
+def gathered_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """The dtype in which FSDP2 gathers parameters (`MixedPrecisionPolicy`); None where they keep theirs."""
+    state = getattr(model, "_get_fsdp_state", None)
+    return None if state is None else getattr(getattr(state(), "_mp_policy", None), "param_dtype", None)
+
+
 def computes_again(module: torch.nn.Module) -> bool:
     """Whether a call of this layer now is computed again in the backward pass."""
     return checkpoints(module) and module.training and torch.is_grad_enabled()

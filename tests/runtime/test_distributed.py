@@ -60,6 +60,21 @@ def test_a_sharded_model_trains_and_saves_as_the_whole_one(
     assert not (tmp_path / "none").exists()
 
 
+def test_parameters_gathered_in_another_dtype_compute_in_it_as_those_of_the_base(
+    alone: None, model_dir: Callable[[str], Path], plain: Callable[[str], Any]
+) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    found = []
+    for model in (peftc.apply("lora", model_dir("llama")), plain("llama")):
+        for module in (*model.model.layers, model):
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        found.append(model.train()(**batch()).logits)
+    assert found[0].dtype == torch.bfloat16
+    assert torch.equal(*found)
+    found[0].float().square().sum().backward()
+
+
 def test_a_parameter_that_is_sharded_where_it_is_read_is_an_error(
     alone: None, model_dir: Callable[[str], Path]
 ) -> None:
@@ -79,7 +94,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 def launched(*command: str | Path, **environment: str) -> str:
     """What a command prints; it has to end well, and in time."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), str(EXAMPLE), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     result = subprocess.run(
         [sys.executable, *map(str, command)], env=variables, capture_output=True, text=True, timeout=300, check=False
@@ -146,3 +161,31 @@ def test_trainer_under_accelerate_trains_resumes_and_saves_alike_however_the_mod
     assert example("fsdp2", tmp_path / "on", *options) == losses["fsdp2"]
     assert same_files(tmp_path / "fsdp2" / "delta", tmp_path / "on" / "delta")
     assert example("", tmp_path / "one") == pytest.approx(losses["ddp"], abs=0.02), "but for dropout"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [("ddp", ()), ("fsdp2", ()), ("fsdp2", ("activation_checkpointing=true",)), ("fsdp2", ("bf16=true",))],
+)
+def test_trainer_of_a_causal_model_logs_the_losses_of_one_process(
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, settings: Any
+) -> None:
+    """Rows of unequal length, two accumulated batches a step: every token counts once, wherever its row lies."""
+    monkeypatch.syspath_prepend(EXAMPLE)
+    from runtime.two_trainers import run
+
+    given = {key: json.loads(value) for key, value in (word.split("=") for word in settings)}
+    (tmp_path / "one").mkdir()
+    one = run(model_dir("llama"), tmp_path / "one", 1, given)
+    launch = ("-m", "accelerate.commands.launch", "--config_file", EXAMPLE / f"{config}.yaml")
+    wrap = ("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer") if config == "fsdp2" else ()
+    precise = "bf16=true" not in settings
+    launch += () if precise else ("--mixed_precision", "bf16")  # the argument of Trainer asks for a GPU
+    script = TESTS / "runtime" / "two_trainers.py"
+    launched(*launch, *wrap, script, model_dir("llama"), tmp_path, *(settings if precise else ()))
+    two = json.loads((tmp_path / "losses.json").read_text())
+    assert two == pytest.approx(one, rel=1e-5 if precise else 5e-3)
+    tensors = [load_file(folder / "delta" / "delta.safetensors") for folder in (tmp_path / "one", tmp_path)]
+    for name, value in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], value, rtol=0, atol=1e-4 if precise else 2e-2)
