@@ -166,7 +166,14 @@ def test_trainer_under_accelerate_trains_resumes_and_saves_alike_however_the_mod
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "settings"),
-    [("ddp", ()), ("fsdp2", ()), ("fsdp2", ("activation_checkpointing=true",)), ("fsdp2", ("bf16=true",))],
+    [
+        ("ddp", ()),
+        ("fsdp2", ()),
+        ("fsdp2", ("activation_checkpointing=true",)),
+        ("fsdp2", ("bf16=true",)),
+        ("ddp", ("sft=true",)),
+        ("fsdp2", ("sft=true",)),
+    ],
 )
 def test_trainer_of_a_causal_model_logs_the_losses_of_one_process(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, settings: Any

@@ -1,6 +1,7 @@
-"""Trains a tiny Llama with Trainer in each of two processes: `accelerate launch two_trainers.py BASE OUT [SETTING...]`.
+"""Trains a tiny Llama in each of two processes: `accelerate launch two_trainers.py BASE OUT [SETTING=JSON...]`.
 
-The main process writes the losses to OUT/losses.json and the deltas to OUT/delta; a SETTING is a word of JSON.
+With Trainer, or with `sft=true` with TRL's SFTTrainer. The main process writes the losses to OUT/losses.json and the
+deltas to OUT/delta.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ def run(base: Path, out: Path, processes: int, settings: dict[str, Any]) -> list
     """The losses of four steps of two accumulated batches of eight rows, all processes together."""
     model = peftc.apply("mam", base, set=MAM)
     size = {"per_device_train_batch_size": 8 // processes, "eval_strategy": "no", "save_strategy": "no"}
-    runner = trainer(model, out, "llama", ddp_find_unused_parameters=False, **size, **settings)
-    runner.train()
+    if settings.pop("sft", False):
+        from runtime.test_trl import sft
+
+        runner = sft(model, out, **size, **settings)
+    else:
+        runner = trainer(model, out, "llama", ddp_find_unused_parameters=False, **size, **settings)
+        runner.train()
     model.save_pretrained(out / "delta", is_main_process=runner.is_world_process_zero())
     losses = [entry["loss"] for entry in runner.state.log_history if "loss" in entry]
     if runner.is_world_process_zero():
