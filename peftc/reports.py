@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftc.lang.rule import in_words
 from peftc.layered import describe_layers, per_layer
 from peftc.overlaps import overlaps
 
@@ -113,7 +114,7 @@ class PlanReport:
         }
 
     def render(self, console: Console) -> None:
-        hyper = " ".join(f"{name}={value}" for name, value in self.plan.rule.values.items())
+        hyper = " ".join(f"{name}={in_words(value)}" for name, value in self.plan.rule.values.items())
         console.print(f"[bold]{self.plan.rule.name}[/bold] on {self.path}  [dim]{hyper}[/dim]")
         for name, values in per_layer(self.plan).items():
             console.print(f"{name} = {describe_layers(values)}")

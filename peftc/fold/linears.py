@@ -144,7 +144,8 @@ class Reach:
         """The other places that read a parameter, under its own name or one it is tied to, or ""."""
         places = self._readers(placeholder)
         if len(places) > 1:
-            return f"{name} is used in {len(places)} places ({', '.join(sorted({module_path(p) for p in places}))})"
+            where = ", ".join(sorted({module_path(p) for p in places}))
+            return f"{name} is used in {len(places)} places ({where}), and a checkpoint has one tensor for all of them"
         first = self.program.tied.get(name, name)
         for other, node in self.program.placeholders("parameter").items():
             if other != name and self.program.tied.get(other, other) == first and self._readers(node):

@@ -3,6 +3,7 @@
     r: 8                                  the default alone
     r: {default: 8, min: 1}
     r: {budget: 0.5%}                     as many as half a percent of the base's parameters allow
+    ids: [11, 12, 40]                     a list, whose default it is
     r: {budget: 300000, min: 4}           as many as 300,000 parameters allow, and no fewer than 4
 
 `rewrite` and `with_amounts` put set values into the text or the tree of a rule, so that loading it gives the same rule.
@@ -17,7 +18,7 @@ from fractions import Fraction
 from peftc.diagnostics import Span
 from peftc.lang.emit import written
 from peftc.lang.rule import Budget, Hyper, Scalar
-from peftc.lang.tree import MappingNode, Node, ScalarNode
+from peftc.lang.tree import MappingNode, Node, ScalarNode, SequenceNode
 
 PERCENT = r"([0-9]{1,3}(\.[0-9]{1,12})?|\.[0-9]{1,12})\s*%"
 
@@ -33,24 +34,34 @@ def budget_of(given: object, span: Span | None = None) -> Budget | None:
 
 
 def amount(entry: Node) -> tuple[ScalarNode | None, ScalarNode | None]:
-    """The key `default` or `budget` of an entry of `hyper:`, none where the entry is the value alone, and its value."""
-    if isinstance(entry, ScalarNode):
-        return None, entry
+    """The key `default` or `budget` of an entry of `hyper:`, none where the entry is the value alone, and its value.
+
+    A list is given as one value, the whole numbers in it.
+    """
     if isinstance(entry, MappingNode):
         for name in ("default", "budget"):
-            value = entry.get(name)
-            if isinstance(value, ScalarNode):
+            value = _one(entry.get(name))
+            if value is not None:
                 return entry.key(name), value
-    return None, None
+    return None, _one(entry)
+
+
+def _one(node: Node | None) -> ScalarNode | None:
+    if not isinstance(node, SequenceNode):
+        return node if isinstance(node, ScalarNode) else None
+    value = tuple(item.value for item in node.items if isinstance(item, ScalarNode) and type(item.value) is int)
+    return ScalarNode("", value, node.span, node.start, node.end, exact=False, shared=node.shared, size=node.size)
 
 
 def rewrite(text: str, node: Node | None, hypers: Mapping[str, Hyper], dropped: tuple[int, int] | None = None) -> str:
     """`text` with the amounts of `hypers` in place of those that differ, and without the part `dropped`."""
     edits: list[tuple[int, int, str]] = [] if dropped is None else [(*dropped, "")]
-    for key, old, name, new in _changed(node, hypers):
+    for _, key, old, name, new in _changed(node, hypers):
         if key is not None and key.text != name:
             edits.append((key.start, key.end, name))
         replacement = f"{{{name}: {new}}}" if key is None and name == "budget" else new
+        if isinstance(old.value, tuple) and text[old.start] == "-":  # a block may stand as far left as its key
+            replacement = f"  {replacement}"
         tail = "\n" if text[old.start : old.end].endswith("\n") else ""
         edits.append((old.start, old.end, replacement + tail))
     for start, end, replacement in sorted(edits, reverse=True):
@@ -63,12 +74,8 @@ def with_amounts(node: Node | None, hypers: Mapping[str, Hyper]) -> Node | None:
     if not isinstance(node, MappingNode):
         return node
     entries = dict(node.entries)
-    changed = {id(old): (name, new) for _, old, name, new in _changed(node, hypers)}
-    for hyper, (at, entry) in node.entries.items():
-        key, old = amount(entry)
-        if old is None or id(old) not in changed:
-            continue
-        name, new = changed[id(old)]
+    for hyper, key, old, name, new in _changed(node, hypers):
+        at, entry = node.entries[hyper]
         value = ScalarNode(new, _amount(hypers[hyper])[1], old.span, old.start, old.end, exact=False)
         named = ScalarNode(name, name, old.span, old.start, old.end, exact=False)
         rest = entry.entries if isinstance(entry, MappingNode) else {}
@@ -80,9 +87,11 @@ def with_amounts(node: Node | None, hypers: Mapping[str, Hyper]) -> Node | None:
     return MappingNode(entries, node.span, node.size)
 
 
-def _changed(node: Node | None, hypers: Mapping[str, Hyper]) -> list[tuple[ScalarNode | None, ScalarNode, str, str]]:
-    """Amounts that differ from those written: key and value as written, and what they are to be."""
-    found: list[tuple[ScalarNode | None, ScalarNode, str, str]] = []
+def _changed(
+    node: Node | None, hypers: Mapping[str, Hyper]
+) -> list[tuple[str, ScalarNode | None, ScalarNode, str, str]]:
+    """Amounts that differ from those written: whose, key and value as written, and what they are to be."""
+    found: list[tuple[str, ScalarNode | None, ScalarNode, str, str]] = []
     for name, (_, entry) in node.entries.items() if isinstance(node, MappingNode) else ():
         key, old = amount(entry)
         if old is None or name not in hypers:
@@ -91,7 +100,7 @@ def _changed(node: Node | None, hypers: Mapping[str, Hyper]) -> list[tuple[Scala
         same = same_value(old.value, value) or (kind == "budget" and budget_of(old.value) == budget_of(value))
         if not same or kind != (key.text if key else "default"):
             budget = hypers[name].budget
-            found.append((key, old, kind, budget.text if budget else written(value)))
+            found.append((name, key, old, kind, budget.text if budget else written(value)))
     return found
 
 

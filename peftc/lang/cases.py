@@ -135,9 +135,9 @@ class CaseReader:
                 message = f"the rule has no hyperparameter `{shown(name)}`"
                 help = did_you_mean(name, self.values) or "this rule has no hyperparameters"
                 self.collector.error("E015", message, span=key.span, help=help)
-            elif isinstance(item, ScalarNode):
+            elif (given := hypers.written_value(item)) is not None:
                 private = Collector()
-                resolved = hypers.resolve(self.hyper, {name: item.value}, private)
+                resolved = hypers.resolve(self.hyper, {name: given}, private)
                 own = [told for told in private.errors if f"`{name}`" in told.message]
                 wrong = [told for told in own if told.code != code]
                 messages = (re.sub(r"^`--set [^`]*`: ", "", told.message) for told in wrong)
@@ -145,7 +145,7 @@ class CaseReader:
                     Diagnostic(told.code, message, item.span, told.help)
                     for told, message in zip(wrong, messages, strict=True)
                 )
-                found[name] = resolved[name].value if name in resolved and not own else item.value
+                found[name] = resolved[name].value if name in resolved and not own else given
         return found
 
     def _each(self, node: MappingNode, key: str, count: int) -> list[Node | None]:

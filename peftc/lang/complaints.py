@@ -27,7 +27,6 @@ _EXPECTED = {
     "string_type": "a word",
     "string_too_short": "a word",
     "list_type": "a list",
-    "too_short": "a list of two or more",
     "dict_type": "a mapping of `key: value`",
     "model_type": "a mapping of `key: value`",
 }
@@ -115,6 +114,8 @@ def _expected(group: list[ErrorDetails]) -> str:
         if error["type"] == "literal_error":
             choices = _choices(error)
             text = choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
+        elif error["type"] in ("too_short", "too_long"):
+            text = _length(error)
         elif error["type"] == "greater_than_equal":
             text = f"at least {error.get('ctx', {}).get('ge')}"
         elif error["type"] == "string_pattern_mismatch":
@@ -130,6 +131,13 @@ def _expected(group: list[ErrorDetails]) -> str:
         wanted = ["a single value", *(text for text in wanted if text not in ("a number", "true or false", "a word"))]
     wanted.sort(key=lambda text: _ORDER.index(text) if text in _ORDER else -1)
     return wanted[0] if len(wanted) == 1 else f"{', '.join(wanted[:-1])} or {wanted[-1]}"
+
+
+def _length(error: ErrorDetails) -> str:
+    least, most = (error.get("ctx", {}).get(key) for key in ("min_length", "max_length"))
+    if most is not None:
+        return f"a list of at most {most}"
+    return "a list of two or more" if least == 2 else "a list of at least one"
 
 
 def _choices(error: ErrorDetails) -> list[str]:

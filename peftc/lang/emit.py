@@ -23,11 +23,13 @@ _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def written(value: Scalar) -> str:
-    """`value` as a YAML scalar that reads back as itself."""
+    """`value` as YAML, a scalar or a list in brackets, that reads back as itself."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
     if isinstance(value, str):
         plain = _WORD.fullmatch(value) and resolve_plain(value) == value
         return value if plain else json.dumps(value, ensure_ascii=False)

@@ -21,7 +21,7 @@ from peftc.lang.rule import Delta, Expr, Scalar
 
 _NONE = frozenset({"detach", "sign", "floor", "round", "greater", "less"})
 """Ops whose gradient is zero wherever there is one."""
-_SOME = {"gather": (0,), "scatter": (0,), "where": (1, 2), "dropout": (0,)}
+_SOME = {"gather": (0,), "scatter": (0,), "place": (0,), "where": (1, 2), "dropout": (0,)}
 """Ops that let a gradient through to some operands; all others let it through to all."""
 
 Live = frozenset[str]

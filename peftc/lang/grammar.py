@@ -31,11 +31,12 @@ Mode = Literal["tensor", "static", "init"]
 STATIC_CALLS = {
     "min": Op("min", (2, 8), "the smallest of its arguments"),
     "max": Op("max", (2, 8), "the largest of its arguments"),
+    "len": Op("len", (1, 1), "how many numbers a list holds: len(ids)"),
 }
 _ADMITTED = {
     "tensor": "admitted: + - * / @ **, numbers, names, ops, .T, [slices], and over static values // %, `a if c else b`,"
     " comparisons, and/or/not",
-    "static": "admitted here: + - * / // % **, numbers, names, min, max, comparisons, and/or/not, `a if c else b`",
+    "static": "admitted here: + - * / // % **, numbers, names, min, max, len, comparisons, and/or/not, `a if c else b`",
     "init": "admitted here: a number, one of " + ", ".join(sorted(INITS)) + ", or an expression over the weight",
 }
 _BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**", ast.FloorDiv: "//", ast.Mod: "%"}

@@ -17,8 +17,9 @@ from peftc.lang.amounts import amount, budget_of
 from peftc.lang.complaints import shown
 from peftc.lang.layers import selector
 from peftc.lang.reading import value, word
-from peftc.lang.rule import Budget, Hyper, LayerValue, Scalar
-from peftc.lang.tree import MAX_DIGITS, MappingNode, Node, ScalarNode, resolve_plain
+from peftc.lang.rule import Budget, Hyper, LayerValue, Scalar, in_words
+from peftc.lang.schema import MAX_ITEMS
+from peftc.lang.tree import MAX_DIGITS, MappingNode, Node, ScalarNode, SequenceNode, resolve_plain
 
 SIZES = frozenset({"r", "l"})
 """Names that are sizes wherever they stand."""
@@ -28,7 +29,14 @@ MAX_WORD = 1000
 
 _BOUND = "change the value, or the bound under `hyper:`"
 _SIZE = "a size is a whole number from 1 on, as in r: 8"
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+_LIST = "distinct whole numbers with commas between them, as in 11,12,40"
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    tuple: "a list of whole numbers",
+}
 
 
 def resolve(node: Node | None, sets: Mapping[str, object], collector: Collector) -> dict[str, Hyper]:
@@ -118,6 +126,10 @@ def _layers(hyper: Hyper, node: MappingNode, collector: Collector) -> tuple[Laye
     """The values of single layers; E009 for a selector that names no layer, E014 for a value of another type."""
     found: list[LayerValue] = []
     kind = type(hyper.value)
+    if kind is tuple:
+        message, help = f"`{hyper.name}` is a list, which is the same in every layer", "take `layers` out"
+        collector.error("E014", message, span=node.span, help=help)
+        return ()
     for key, item in node.entries.values():
         layers, given = selector(key.text), value(item)
         if layers is None:
@@ -148,8 +160,10 @@ def _set(hyper: Hyper, node: ScalarNode | None, given: object, collector: Collec
     converted = _converted(given, type(hyper.value))
     if converted is None:
         kind = _KINDS[type(hyper.value)]
-        message = f"`--set {hyper.name}={shown(str(given))}`: `{hyper.name}` must be {kind}"
-        collector.error("E014", message, span=hyper.span)
+        text = ",".join(map(str, given)) if isinstance(given, (list, tuple)) else str(given)
+        message = f"`--set {hyper.name}={shown(text)}`: `{hyper.name}` must be {kind}"
+        listed = "a list is for a hyperparameter whose default is one" if isinstance(given, (list, tuple)) else None
+        collector.error("E014", message, span=hyper.span, help=_LIST if kind == _KINDS[tuple] else listed)
         return hyper
     return replace(hyper, value=converted, budget=None, given=True)
 
@@ -158,6 +172,8 @@ def _converted(given: object, kind: type) -> Scalar:
     """`given` (typed, a path, or text from a command line) as `kind`; None when it is not one."""
     if isinstance(given, os.PathLike):
         given = os.fspath(given)
+    if kind is tuple or isinstance(given, (list, tuple)):
+        return _items(given) if kind is tuple else None
     if isinstance(given, str) and kind is not str:
         given = resolve_plain(given.strip())
     if kind is str:
@@ -175,16 +191,58 @@ def _converted(given: object, kind: type) -> Scalar:
     return number if math.isfinite(number) else None
 
 
+def written_value(node: Node) -> Scalar:
+    """What a value in a test says: a scalar's value, or the whole numbers of a list."""
+    scalar = amount(node)[1] if isinstance(node, (ScalarNode, SequenceNode)) else None
+    return scalar.value if scalar is not None else None
+
+
+def _items(given: object) -> tuple[int, ...] | None:
+    """A list, or the text of one (`11,12,40`, which may stand in brackets), as whole numbers."""
+    if isinstance(given, str):
+        text = given.strip()
+        text = text[1:-1] if text[:1] + text[-1:] == "[]" else text
+        if len(text) > 2 * MAX_DIGITS * MAX_ITEMS:
+            return None
+        given = [resolve_plain(part.strip()) for part in text.split(",")]
+    if not isinstance(given, (list, tuple)) or not 1 <= len(given) <= MAX_ITEMS:
+        return None
+    found = [_converted(item, int) if not isinstance(item, str) else None for item in given]
+    whole = tuple(item for item in found if isinstance(item, int))
+    return whole if len(whole) == len(given) else None
+
+
+def _check_items(hyper: Hyper, items: tuple[int, ...], collector: Collector) -> None:
+    """E014 for an item that stands twice, and for the first one beyond the bounds."""
+    low, high = (-math.inf if hyper.min is None else hyper.min), (math.inf if hyper.max is None else hyper.max)
+    twice = next((item for at, item in enumerate(items) if item in items[:at]), None)
+    if low > high:
+        _no_value(hyper, collector)
+    elif twice is not None:
+        message = f"`{hyper.name}` lists {twice} twice"
+        collector.error("E014", message, span=hyper.span, help="name each number once")
+    elif (wrong := next((item for item in items if not low <= item <= high), None)) is not None:
+        bound = f"at least {hyper.min}" if wrong < low else f"at most {hyper.max}"
+        message = f"`{hyper.name}` lists {wrong}, but each number must be {bound}"
+        collector.error("E014", message, span=hyper.span, help=_BOUND)
+
+
+def _no_value(hyper: Hyper, collector: Collector) -> None:
+    message = f"`{hyper.name}` can have no value: `min` is {hyper.min}, `max` is {hyper.max}"
+    collector.error("E014", message, span=hyper.span, help="exchange the bounds, or take one out")
+
+
 def _check_bounds(hyper: Hyper, collector: Collector) -> None:
-    if isinstance(hyper.value, (bool, str)) or hyper.value is None:
+    if isinstance(hyper.value, tuple):
+        _check_items(hyper, hyper.value, collector)
+    elif isinstance(hyper.value, (bool, str)) or hyper.value is None:
         if hyper.min is not None or hyper.max is not None:
             message = f"`{hyper.name}` is {_shown(hyper.value)}, which has no `min` or `max`"
             collector.error("E014", message, span=hyper.span, help="bounds are for numbers: take them out")
         if hyper.name not in SIZES:
             return
     elif hyper.min is not None and hyper.max is not None and hyper.min > hyper.max:
-        message = f"`{hyper.name}` can have no value: `min` is {hyper.min}, `max` is {hyper.max}"
-        collector.error("E014", message, span=hyper.span, help="exchange the bounds, or take one out")
+        _no_value(hyper, collector)
         return
     elif hyper.min is not None and hyper.value < hyper.min:
         message = f"`{hyper.name}` is {hyper.value}, but must be at least {hyper.min}"
@@ -201,4 +259,6 @@ def _check_bounds(hyper: Hyper, collector: Collector) -> None:
 def _shown(value: Scalar) -> str:
     if isinstance(value, str):
         return f"the word `{shown(value)}`"
+    if isinstance(value, tuple):
+        return f"the list {in_words(value)}"
     return str(value).lower()

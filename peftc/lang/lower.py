@@ -122,7 +122,8 @@ class Lowering:
     def _name(self, node: ast.expr, name: str) -> Value:
         if name not in self.env:
             fail("E008", f"unknown name `{name}`", span=self._span(node), help=did_you_mean(name, self.env))
-        return self.env[name]
+        value = self.env[name]
+        return list(value) if isinstance(value, tuple) else value
 
     def _static(self, node: ast.expr) -> Any:
         value = self._visit(node)

@@ -40,6 +40,7 @@ OP_SHAPES: dict[str, str] = {
     "merge_heads": "[.., h, s, d] -> [.., s, h * d]",
     "gather": "[.., n], [k] -> [.., k]",
     "scatter": "[k], [k], [k] -> [m, n]",
+    "place": "[k, ..], [k] -> [n, ..]",
     "size": "[.., n] -> n",
     "full": "[m, n] of the sizes given",
     "zeros": "sizes -> [m, n]",

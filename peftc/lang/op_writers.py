@@ -163,8 +163,34 @@ def _gather(builder: Builder, x: fx.Node, index: Value, dim: int = -1) -> fx.Nod
     size, axis = _shape(x)[dim], dim % x.meta["val"].dim()
     if not index or not all(isinstance(i, int) and -size <= i < size for i in index):
         raise IndexError(f"the indices are whole numbers from {-size} to {size - 1}")
-    pieces = [builder.call(aten.slice.Tensor, x, axis, i % size, i % size + 1) for i in index]
-    return builder.call(aten.cat.default, pieces, dim)
+    runs = _runs([i % size for i in index])
+    return builder.call(aten.cat.default, [builder.call(aten.slice.Tensor, x, axis, *run) for run in runs], dim)
+
+
+def _runs(index: list[int]) -> list[tuple[int, int]]:
+    """The index as ranges, each from a number to one before another: 4, 5, 6, 2 as (4, 7), (2, 3)."""
+    found: list[tuple[int, int]] = []
+    for i in index:
+        if found and found[-1][1] == i:
+            found[-1] = (found[-1][0], i + 1)
+        else:
+            found.append((i, i + 1))
+    return found
+
+
+def _place(builder: Builder, values: fx.Node, ids: Value, count: int) -> fx.Node:
+    """The rows as ranges joined in the graph, which holds no constant of its own."""
+    if not isinstance(ids, list):
+        raise TypeError("`place` takes a list, such as a hyperparameter ids: [11, 12, 40]")
+    if wrong := [i for i in ids if not 0 <= i < count]:
+        raise IndexError(f"there are rows 0 to {count - 1}, and {wrong[0]} is none of them")
+    if len(ids) != _shape(values)[0] or len(set(ids)) < len(ids):
+        raise IndexError(f"{len(ids)} rows are listed, each once, for {_shape(values)[0]} values")
+    device = _device(builder)
+    parts = [builder.call(aten.arange.start, *run, dtype=torch.int64, device=device) for run in _runs(ids)]
+    index = parts[0] if len(parts) == 1 else builder.call(aten.cat.default, parts, 0)
+    zeros = builder.call(aten.new_zeros.default, values, [count, *_shape(values)[1:]])
+    return builder.call(aten.index_put.default, zeros, [index], values)
 
 
 def _scatter(builder: Builder, values: fx.Node, rows: fx.Node, columns: fx.Node, sizes: list[int]) -> fx.Node:
@@ -255,6 +281,7 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "merge_heads": _merge_heads,
     "gather": _gather,
     "scatter": _scatter,
+    "place": _place,
     "size": lambda b, x, axis: b.size(x, axis),
     "zeros": lambda b, sizes: _full(b, sizes, 0),
     "ones": lambda b, sizes: _full(b, sizes, 1),

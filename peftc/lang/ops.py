@@ -51,6 +51,7 @@ _TABLE = (
     Op("merge_heads", (1, 1), "[B, heads, S, head_dim] to [B, S, heads * head_dim]"),
     Op("gather", (2, 2), "entries of the last axis, or dim: gather(x, [0, 2]); the index may be a vector", ("dim",)),
     Op("scatter", (4, 4), "scatter(v, rows, columns, [m, n]): zeros with v[k] added at rows[k], columns[k]"),
+    Op("place", (3, 3), "place(v, ids, n): n rows of zeros with v[k] at row ids[k]; ids is a list of whole numbers"),
     Op("size", (2, 2), "the size of an axis, in a tensor's axes counted from 0: size(ids, 0) is the batch"),
     Op(
         "full",

@@ -100,7 +100,7 @@ class _Overlay:
 
 
 def _with_default(node: Node) -> Node:
-    if not isinstance(node, ScalarNode):
+    if isinstance(node, MappingNode):
         return node
     name = ScalarNode("default", "default", node.span, node.start, node.end, exact=False)
     return mapping({"default": (name, node)}, node)

@@ -18,7 +18,8 @@ from peftc.lang.layers import Layers, layer_set
 if TYPE_CHECKING:
     from peftc.patterns.terms import Pattern
 
-Scalar = int | float | bool | str | None
+Scalar = int | float | bool | str | tuple[int, ...] | None
+"""A value without axes: a number, a word, nothing; or a hyperparameter's list of distinct whole numbers."""
 Share = Literal["site", "layer", "kind", "stack", "model"]
 
 
@@ -72,7 +73,7 @@ class LayerValue:
 
 @dataclass(frozen=True, slots=True)
 class Hyper:
-    """A number (or word) that `--set name=value` may change."""
+    """A number, a word or a list of whole numbers that `--set name=value` may change."""
 
     name: str
     value: Scalar
@@ -99,7 +100,15 @@ class Hyper:
     def shown(self) -> str:
         """The value in words: `8`, `8 (layers 0-3: 16)`, `0.5%`."""
         named = "; ".join(f"{given.text}: {given.value}" for given in self.layers)
-        return f"{self.budget.text if self.budget else self.value}" + (f" ({named})" if named else "")
+        return f"{self.budget.text if self.budget else in_words(self.value)}" + (f" ({named})" if named else "")
+
+
+def in_words(value: Scalar) -> str:
+    """A value as `--set` takes it: a list is 11,12,40, and a long one is cut."""
+    if not isinstance(value, tuple):
+        return str(value)
+    text = ",".join(map(str, value))
+    return text if len(text) <= 60 else f"{text[:40].rpartition(',')[0]},... ({len(value)} numbers)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from peftc.lang.sites import SITES
 from peftc.lang.tree import MappingNode, plain, without
 
 Value = int | float | bool | str
+MAX_ITEMS = 1024
+Items = Annotated[list[int], Field(min_length=1, max_length=MAX_ITEMS, description="distinct whole numbers")]
 Expression = Annotated[Value, Field(description="an expression")]
 Word = Annotated[str, Field(min_length=1)]
 Words = Word | list[Word]
@@ -40,7 +42,11 @@ class _Model(BaseModel):
 class HyperFile(_Model):
     """A hyperparameter with bounds."""
 
-    default: Value | None = Field(None, description="the value where --set gives none; its type is that of every value")
+    default: Value | Items | None = Field(
+        None,
+        description="the value where --set gives none, which may be a list of whole numbers; its type is that of every"
+        " value",
+    )
     budget: Annotated[str, StringConstraints(pattern=BUDGET)] | Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="in place of a default: the largest whole number with which the rule trains no more parameters "
@@ -49,8 +55,8 @@ class HyperFile(_Model):
     layers: dict[LayerKey, Value] = Field(
         {}, description="values of single layers (0, -1, 0-5, first 4, last 2), later ones win; --set leaves them"
     )
-    min: int | float | None = Field(None, description="the smallest value admitted")
-    max: int | float | None = Field(None, description="the largest value admitted")
+    min: int | float | None = Field(None, description="the smallest value admitted, or item of a list")
+    max: int | float | None = Field(None, description="the largest value admitted, or item of a list")
     doc: str = Field("", description="what it is, in a few words")
 
 
@@ -157,7 +163,7 @@ class SameAsFile(_Model):
     """Another rule, and how its parameters are called there."""
 
     rule: Word = Field(description="a rule of the library, or a file beside this one")
-    hyper: dict[Name, Value] = Field({}, description="values for the other rule's hyperparameters")
+    hyper: dict[Name, Value | Items] = Field({}, description="values for the other rule's hyperparameters")
     map: dict[Name, Word] = Field(
         {}, description="what this rule's rows and parameters are called there, where the names differ"
     )
@@ -168,7 +174,7 @@ class CaseFile(_Model):
 
     family: Words = Field(description="a built-in tiny model, or a list of them; or encoder, decoder, encoder-decoder")
     head: Word | None = Field(None, description="the model's class, as for --head; the family's usual one by default")
-    hyper: dict[Name, Value] = Field({}, description="values for the rule's hyperparameters in this test")
+    hyper: dict[Name, Value | Items] = Field({}, description="values for the rule's hyperparameters in this test")
     sites: Sites | list[Sites] | None = Field(
         None, description="how many sites each row matches: one number for all, or by row; a list: one for each family"
     )
@@ -261,7 +267,7 @@ class RuleFile(_Model):
     name: Word = Field(description="the rule's name")
     doc: str = Field("", description="what the method is, in a sentence")
     paper: str = Field("", description="where the method comes from")
-    hyper: dict[Name, Value | HyperFile] = Field({}, description="what --set may change, with defaults")
+    hyper: dict[Name, Value | Items | HyperFile] = Field({}, description="what --set may change, with defaults")
     extends: Word | None = Field(
         None, description="the rule that this one changes: a name of the library, or a .yaml file beside this one"
     )

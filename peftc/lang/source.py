@@ -178,7 +178,11 @@ class _Composer:
         while not isinstance(inner := self._next(), yaml.SequenceEndEvent):
             items.append(self._node(inner))
             self._refuse_crowd(len(items), inner, "items of one list")
-        return SequenceNode(tuple(items), self._span(event, inner), 1 + sum(item.size for item in items))
+        start, end = event.start_mark.index, inner.end_mark.index
+        if not event.flow_style:  # a block ends where the next token starts
+            end = start + len(self.text[start:end].rstrip())
+        size = 1 + sum(item.size for item in items)
+        return SequenceNode(tuple(items), self._span(event, inner), size, start, end, event.anchor is not None)
 
     def _mapping(self, event: yaml.NodeEvent) -> MappingNode:
         entries: dict[str, tuple[ScalarNode, Node]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean, fail
 from peftc.lang.grammar import MAX_EXPONENT
-from peftc.lang.rule import Expr, Scalar
+from peftc.lang.rule import Expr, Scalar, in_words
 
 MAX_RESULT = 2**63
 
@@ -68,6 +68,8 @@ def _value(expr: Expr, node: ast.expr, env: Mapping[str, Scalar]) -> Scalar:
         case ast.Call(func=ast.Name(id="min" | "max" as name)):
             numbers = [_number(expr, argument, env) for argument in node.args]
             return min(numbers) if name == "min" else max(numbers)
+        case ast.Call(func=ast.Name(id="len"), args=[argument]):
+            return _length(expr, argument, env)
     diagnostic = Diagnostic(
         "E011",
         "this is not a static value",
@@ -84,7 +86,18 @@ def _number(expr: Expr, node: ast.expr, env: Mapping[str, Scalar]) -> int | floa
     return value
 
 
+def _length(expr: Expr, node: ast.expr, env: Mapping[str, Scalar]) -> int:
+    value = _value(expr, node, env)
+    if not isinstance(value, tuple):
+        what = f"{value}" if isinstance(value, (int, float)) else _shown(value)
+        message = f"`{ast.unparse(node)}` is {what}, and `len` takes a list"
+        fail("E009", message, span=expr.span_of(node), help="a list is a hyperparameter: ids: [11, 12, 40]")
+    return len(value)
+
+
 def _shown(value: Scalar) -> str:
+    if isinstance(value, tuple):
+        return f"the list {in_words(value)}"
     return "absent" if value is None else f"the word `{value}`"
 
 

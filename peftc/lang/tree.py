@@ -50,11 +50,15 @@ class ScalarNode:
 
 @dataclass(frozen=True, slots=True)
 class SequenceNode:
-    """A list."""
+    """A list; source[start:end] is how it is written."""
 
     items: tuple[Node, ...]
     span: Span
     size: int = 1
+    start: int = 0
+    end: int = 0
+    shared: bool = False
+    """Whether it carries an anchor, so that aliases may repeat it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def without(node: Node, paths: set[tuple[str | int, ...]]) -> Node:
             for index, item in enumerate(node.items)
             if index not in heads
         )
-        return SequenceNode(tuple(items), node.span, node.size)
+        return SequenceNode(tuple(items), node.span, node.size, node.start, node.end, node.shared)
     return node
 
 

@@ -30,7 +30,17 @@ def schema(kind: str) -> dict[str, Any]:
 def mismatches(value: object, node: dict[str, Any], root: dict[str, Any], at: str = "") -> list[str]:
     """Where `value` does not fit the schema `node`: the part of JSON Schema that the schemas use, and no more."""
     known = {"$ref", "anyOf", "enum", "const", "type", "properties", "patternProperties", "propertyNames", "required"}
-    known |= {"items", "minItems", "pattern", "minLength", "minimum", "additionalProperties", "description", "default"}
+    known |= {
+        "items",
+        "minItems",
+        "maxItems",
+        "pattern",
+        "minLength",
+        "minimum",
+        "additionalProperties",
+        "description",
+        "default",
+    }
     known |= {"if", "else"}
     assert node.keys() - {"$schema", "$defs", "title"} <= known, node.keys() - known
     if "$ref" in node:
@@ -57,7 +67,7 @@ def mismatches(value: object, node: dict[str, Any], root: dict[str, Any], at: st
         return [] if fits else [f"{at}: {value!r}"]
     if isinstance(value, (int, float)) and value < node.get("minimum", value):
         return [f"{at}: {value}"]
-    if isinstance(value, list) and len(value) < node.get("minItems", 0):
+    if isinstance(value, list) and not node.get("minItems", 0) <= len(value) <= node.get("maxItems", len(value)):
         return [f"{at}: {len(value)} items"]
     if isinstance(value, list):
         return [m for i, v in enumerate(value) for m in mismatches(v, node["items"], root, f"{at}[{i}]")]

@@ -240,3 +240,83 @@ def test_init_over_a_weight_at_an_unknown_site_is_told_once() -> None:
     with pytest.raises(PeftcError) as raised:
         parse_rule(f"peftc: 1\nname: a\nhyper: {{r: 4}}\ndeltas:\n  a: {row}\n", "a.yaml")
     assert [found.code for found in raised.value.diagnostics] == ["E005"]
+
+
+LIST = """\
+peftc: 1
+name: listed
+hyper: {ids: IDS}
+deltas:
+  a:
+    at: ffn
+    modify: out
+    form: "gather(h, ids, dim=0)"
+    compose: h + sum(dh) * sum(v)
+    params: {v: {shape: [len(ids)], init: zeros}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("11,12,40", (11, 12, 40)),
+        (" 40, 11 ", (40, 11)),
+        ("[7]", (7,)),
+        ("7", (7,)),
+        ([5, 3], (5, 3)),
+        ((0x10,), (16,)),
+    ],
+)
+def test_a_list_is_set_from_text_and_from_python_and_kept(given: object, value: tuple[int, ...]) -> None:
+    for written in ("[1, 2]", "{default: [1, 2], min: 0, max: 63}"):
+        rule = parse_rule(LIST.replace("IDS", written), "t.yaml", {"ids": given})
+        assert rule.values == {"ids": value}
+        assert parse_rule(rule.text, "kept.yaml").values == {"ids": value}
+        assert rule.text.replace(str(list(value)), "[1, 2]") == LIST.replace("IDS", written)
+
+
+@pytest.mark.parametrize("indent", ["", "  ", "      "], ids=["beside its key", "two in", "six in"])
+def test_a_list_over_lines_is_replaced_whole(indent: str) -> None:
+    lines = f"\n  ids:\n  {indent}- 1\n  {indent}- 2   # two\n  r: 3"
+    text = LIST.replace(" {ids: IDS}", lines)
+    rule = parse_rule(text, "t.yaml", {"ids": "5,6,7"})
+    assert parse_rule(rule.text, "kept.yaml").values == rule.values == {"ids": (5, 6, 7), "r": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("5;6", "`--set ids=5;6`: `ids` must be a list of whole numbers"),
+        ("5,,6", "`--set ids=5,,6`: `ids` must be a list of whole numbers"),
+        ("five", "`--set ids=five`: `ids` must be a list of whole numbers"),
+        ("1.5,2", "`--set ids=1.5,2`: `ids` must be a list of whole numbers"),
+        (5, "`--set ids=5`: `ids` must be a list of whole numbers"),
+        ([True], "`--set ids=True`: `ids` must be a list of whole numbers"),
+        ([], "`--set ids=`: `ids` must be a list of whole numbers"),
+        (range(2), "`--set ids=range(0, 2)`: `ids` must be a list of whole numbers"),
+        (
+            list(range(1025)),
+            "`--set ids=0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15...`: `ids` must be a list of whole numbers",
+        ),
+        ("8,5,8", "`ids` lists 8 twice"),
+        ("5,-1", "`ids` lists -1, but each number must be at least 0"),
+        ("64,5", "`ids` lists 64, but each number must be at most 63"),
+    ],
+)
+def test_a_wrong_list_is_told(given: object, message: str) -> None:
+    assert told(LIST.replace("IDS", "{default: [1, 2], min: 0, max: 63}"), ids=given) == [f"E014 {message}"]
+
+
+def test_a_list_for_a_number_is_told() -> None:
+    assert told(r="1,2") == ["E014 `--set r=1,2`: `r` must be a whole number"]
+    assert told(r=[1, 2]) == ["E014 `--set r=1,2`: `r` must be a whole number"]
+
+
+def test_a_list_that_is_extended_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "parent.yaml").write_text(LIST.replace("IDS", "{default: [1, 2], max: 63}"))
+    child = tmp_path / "child.yaml"
+    child.write_text("peftc: 1\nname: child\nextends: parent.yaml\nhyper: {ids: [7, 8, 9]}\n")
+    rule = load_rule(child)
+    assert (rule.values, rule.hyper["ids"].max) == ({"ids": (7, 8, 9)}, 63)
+    assert parse_rule(rule.text, "kept.yaml").values == rule.values
+    assert load_rule(child, {"ids": "4"}).values == {"ids": (4,)}

@@ -307,12 +307,12 @@ CASES = {
                      at_attention("randlora", randlora, randlora_shared), values={"r": 6, "alpha": 12.0}),
     "trainable_tokens": Case(
         "trainable_tokens", "llama",
-        lambda f: peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[11, 12, 13, 14]),
-        trainable_tokens, values={"first": 11, "n": 4}),
+        lambda f: peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[40, 11, 12, 3]),
+        trainable_tokens, values={"ids": [40, 11, 12, 3]}),
     "trainable_tokens on BERT": Case(
         "trainable_tokens", "bert",
-        lambda f: peft.TrainableTokensConfig(target_modules=["word_embeddings"], token_indices=[11, 12, 13, 14]),
-        trainable_tokens, values={"first": 11, "n": 4}),
+        lambda f: peft.TrainableTokensConfig(target_modules=["word_embeddings"], token_indices=[40, 11, 12, 3]),
+        trainable_tokens, values={"ids": [40, 11, 12, 3]}),
     "llama_adapter": Case(
         "llama_adapter", "llama", lambda f: peft.AdaptionPromptConfig(adapter_len=5, adapter_layers=2),
         llama_adapter, result="kept", values={"l": 5}, same_count=False),

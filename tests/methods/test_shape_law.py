@@ -54,7 +54,7 @@ CALLS = [
     "reshape(§, [%size, %size])", "reshape(§, [-1, %size])", "unflatten(§, %axis, [%size, %size])",
     "unsqueeze(§, %axis)", "squeeze(§, %axis)", "flatten(§, %axis, %axis)", "expand(§, [%size, %size])",
     "expand(§, [%size, -1, %size])", "repeat(§, [%size, %size])", "split_heads(§, %size)",
-    "scatter(§, §, §, [%size, %size])", "eye(%size)", "range(%size)",
+    "scatter(§, §, §, [%size, %size])", "place(§, [0, 2], %size)", "place(§, [1], 4)", "eye(%size)", "range(%size)",
     "size(§, %axis) * §", "full([%size, %size], 2)", "full([%size, %size], 0.5, like=§)",
     "zeros([%size, %size])", "ones([%size])",
     "einsum('%one', §)", "einsum('%two', §, §)",

@@ -54,7 +54,7 @@ def row_walk(delta: Delta, hypers: Mapping[str, Hyper], place: Place) -> Walk:
     walk = Walk(Sizes(values, place.aliases, dims, frozenset(related)), env)
     for name, given in delta.arguments.items():
         value = walk.value(given) if isinstance(given, Expr) else number(given)
-        walk.env[name] = value if isinstance(value, Static) else Static()
+        walk.env[name] = value if isinstance(value, Static | list) else Static()
     _params(walk, (*delta.form.params, *delta.params))
     walk.env["h"] = place.h
     if place.x is not None:
@@ -75,7 +75,8 @@ def _hypers(env: dict[str, Value], given: Mapping[str, Scalar]) -> dict[str, Pol
     """Enters numbers and words that have a name; the whole numbers among them."""
     for name, value in given.items():
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        env[name] = Static(symbol(name) if numeric else None, value, known=True)
+        static = Static(symbol(name) if numeric else None, value, known=True)
+        env[name] = number(value) if isinstance(value, tuple) else static
     return {name: constant(value) for name, value in given.items() if type(value) is int and abs(value) < 2**63}
 
 

@@ -181,6 +181,21 @@ def _scatter(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) ->
     return Shape(tuple(static_size(size) for size in wanted)) if isinstance(wanted, list) else UNKNOWN
 
 
+def _place(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> Shape:
+    values, ids = tensor(operands, 0), operands[1]
+    if not isinstance(ids, list):
+        raise Misfit("{1} is no list", 1, help="a list is a hyperparameter: ids: [11, 12, 40]")
+    if values.open:
+        return UNKNOWN
+    if not values.sizes:
+        raise Misfit("{0} has no axis", 0)
+    try:
+        sizes.same(values.sizes[0], constant(len(ids)))
+    except Misfit as misfit:
+        raise Misfit(misfit.reason, 0, help=f"{{1}} lists {len(ids)} rows: the first axis is len({{1}})") from None
+    return Shape((static_size(operands[2]), *values.sizes[1:]))
+
+
 def _size(sizes: Sizes, operands: Sequence[Value], _: Mapping[str, Value]) -> Static:
     tensor(operands, 0)
     return Static()
@@ -264,6 +279,7 @@ RULES: dict[str, Rule] = {
     "einsum": _einsum,
     "split_heads": _split_heads,
     "scatter": _scatter,
+    "place": _place,
     "size": _size,
     "zeros": _filled,
     "ones": _filled,

@@ -60,8 +60,10 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Scalar, Scalar], bool]] = {
 _LONGEST_NAME = 32
 
 
-def number(value: Scalar) -> Static:
-    """A static value that is known."""
+def number(value: Scalar) -> Value:
+    """A static value that is known; of a list, how many numbers it holds is known too."""
+    if isinstance(value, tuple):
+        return [number(item) for item in value]
     size = constant(value) if type(value) is int and abs(value) < 2**63 else None
     return Static(size, value, known=True)
 
@@ -162,10 +164,22 @@ class Walk:
     def _call(self, node: ast.Call) -> Value:
         values = [self.visit(argument) for argument in node.args]
         keywords = {keyword.arg: self.visit(keyword.value) for keyword in node.keywords if keyword.arg}
+        if isinstance(node.func, ast.Name) and node.func.id == "len" and len(values) == 1:
+            return self._length(node.args[0], values[0])
         op = self._op(node)
         if op is None or not op.arity[0] <= len(values) <= op.arity[1]:
             return UNKNOWN
         return self._told(node, node.args, values, lambda xs: apply(op.name, self.sizes, xs, keywords))
+
+    def _length(self, part: ast.expr, value: Value) -> Value:
+        """How many numbers a list holds; E009 for what is known to be no list."""
+        if isinstance(value, list):
+            return number(len(value))
+        if isinstance(value, Static) and value.known and value.value is not None:
+            message = f"`{self._text(part)}` is {value.value}, and `len` takes a list"
+            span, help = self.expr.span_of(part) if self.expr else None, "a list is a hyperparameter: ids: [11, 12, 40]"
+            self.found.append(Diagnostic("E009", message, span, help))
+        return Static()
 
     def _binary(self, node: ast.BinOp) -> Value:
         left, right = self.visit(node.left), self.visit(node.right)
