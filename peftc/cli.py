@@ -227,6 +227,7 @@ app.command(epilog="Example: [bold]peftc test mine.yaml -k decoder[/bold]")(comm
 app.command(epilog="Example: [bold]peftc explain E012[/bold]")(commands.explain)
 app.command(epilog="Example: [bold]peftc ops[/bold]")(commands.ops)
 app.command(epilog="Example: [bold]peftc patterns --ops[/bold]")(commands.patterns)
+app.command(epilog="Example: [bold]peftc families llama bert[/bold]")(commands.families)
 app.command(epilog="Example: [bold]peftc schema rule > rule.schema.json[/bold]")(commands.schema)
 
 

@@ -1,4 +1,5 @@
-"""Commands about the rule language itself: check, test, explain, ops, schema. None needs a model or writes a file.
+"""Commands about the rule language itself and what it reaches: check, test, explain, ops, families, schema. None
+needs a model directory or writes a file.
 
 $ peftc check mine.yaml
 """
@@ -208,6 +209,25 @@ def patterns(
         for row in rows:
             typer.echo(f"{row.name:<{width}}  {row.text}")
     end_with(problems)
+
+
+def families(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Model types to measure anew; without one, the table as shipped."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Show how far each model type of transformers gets: sites found, rules applied, a reason for each miss."""
+    from peftc.survey import table
+
+    shown = table.measured_anew(names) if names else table.table()
+    if as_json:
+        typer.echo(json.dumps(shown.to_json(), indent=2, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        table.render(Console(), shown)
 
 
 def schema(

@@ -21,6 +21,8 @@ import torch
 from torch import fx
 
 from peftc.diagnostics import fail
+from peftc.frontend.inputs import InputSpec, default_inputs, forward_arguments
+from peftc.frontend.random_depth import without_random_depth
 from peftc.ir.program import Program, is_call
 from peftc.store.trace_cache import TraceCache, key_of
 
@@ -32,19 +34,13 @@ if TYPE_CHECKING:
 
     from peftc.frontend.cache import CacheLayout
 
+__all__ = ["LABELS", "InputSpec", "Skeleton", "build_skeleton", "default_inputs", "forward_arguments", "trace"]
+
 LABELS = "loss_labels"
 """The exporter refuses an input called `labels`; the graph's loss input has this name instead."""
 
 _SAMPLES = {"batch": 3, "sequence": 11, "target": 13, "past": 7, "window": 5, "total": 18, "target_total": 20}
 """Sample sizes: distinct, and unlikely to equal a model's own dimension. A total is what is past and what is new."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """One tensor input: `sizes` holds names of symbolic axes ("batch", "sequence", "target", ...) or ints."""
-
-    dtype: torch.dtype
-    sizes: tuple[str | int, ...]
 
 
 @dataclass(slots=True)
@@ -81,41 +77,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(previous)
-
-
-def default_inputs(model: PreTrainedModel) -> dict[str, InputSpec]:
-    """The inputs that people call such a model with, from its class: ids and mask, pixels, features."""
-    accepted = forward_arguments(type(model))
-    ids = InputSpec(torch.long, ("batch", "sequence"))
-    inputs: dict[str, InputSpec] = {}
-    if model.main_input_name == "pixel_values":
-        inputs["pixel_values"] = InputSpec(model.dtype, ("batch", *_image_shape(model.config)))
-    elif model.main_input_name == "input_features":
-        frames = 2 * getattr(model.config, "max_source_positions", 1500)
-        inputs["input_features"] = InputSpec(model.dtype, ("batch", getattr(model.config, "num_mel_bins", 80), frames))
-    elif model.main_input_name == "input_values":
-        inputs["input_values"] = InputSpec(model.dtype, ("batch", 4000))
-    else:
-        inputs["input_ids"] = ids
-        if "attention_mask" in accepted:
-            inputs["attention_mask"] = ids
-    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = InputSpec(torch.long, ("batch", "target"))
-    if "pixel_values" in accepted and "input_ids" in inputs and hasattr(model.config, "vision_config"):
-        inputs["pixel_values"] = InputSpec(model.dtype, ("batch", *_image_shape(model.config.vision_config)))
-    return inputs
-
-
-def _image_shape(config: Any) -> tuple[int, int, int]:
-    size = getattr(config, "image_size", 224)
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return (getattr(config, "num_channels", 3), int(height), int(width))
-
-
-def forward_arguments(cls: type) -> tuple[str, ...]:
-    import inspect
-
-    return tuple(inspect.signature(cls.forward).parameters)
 
 
 def sample(spec: InputSpec, device: str = "meta") -> torch.Tensor:
@@ -186,7 +147,7 @@ def _export(
     flags: Mapping[str, Any],
     layout: CacheLayout | None,
 ) -> ExportedProgram:
-    with quiet(), _called_with(model, flags, layout):
+    with quiet(), without_random_depth(model), _called_with(model, flags, layout):
         try:
             exported: Any = exporter.export(model, dict(tensors), config=settings)
         except UNTRACEABLE as error:

@@ -1,0 +1,46 @@
+"""What was measured of one model type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+RULES: Mapping[str, Mapping[str, object]] = {
+    "mam": {"l": 3, "r": 4, "s": 2.0},
+    "lora": {"r": 2},
+    "houlsby": {"r": 4},
+}
+"""The rules that are tried, with small sizes: one over attention and FFN, one on weights, one on outputs."""
+
+Step = str
+"""How far a rule gets: "" not tried, "applies", "identity" (equals the base at the start), "learns" (a gradient for
+every delta), "onnx" (equal in onnxruntime too)."""
+
+
+@dataclass(slots=True)
+class Record:
+    """A row of the family table. `expected` counts come from class names, `found` ones from the finders."""
+
+    family: str
+    model: str = ""
+    built: bool = False
+    traced: bool = False
+    inputs: list[str] = field(default_factory=list)
+    expected: dict[str, int] = field(default_factory=dict)
+    found: dict[str, int] = field(default_factory=dict)
+    rules: dict[str, Step] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    """Each miss in words."""
+    seconds: float = 0.0
+
+    def right(self, kind: str) -> bool:
+        """Whether as many sites were found as the class names say."""
+        return self.traced and self.found.get(kind, 0) == self.expected.get(kind, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Record:
+        return cls(**raw)
