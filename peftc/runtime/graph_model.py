@@ -27,6 +27,7 @@ from peftc.pipeline import analyse, rewrite
 from peftc.plan import Plan
 from peftc.runtime.executor import Executor
 from peftc.runtime.generation import Generates, refuse_cache
+from peftc.runtime.hierarchy import called
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.submodels import adopt
@@ -203,10 +204,11 @@ class GraphModel(Generates):
         self, enable: bool = True, gradient_checkpointing_func: Any = _CHECKPOINT, every_n_layers: int = 1
     ) -> None:
         """What transformers' `activation_checkpointing_enable` and its likes call: mark the layers to compute again."""
-        sites = [site for program in self._surgery.programs.values() for site in program.sites]
-        blocks = dict.fromkeys(site.path for site in sites if site.kind == "block")
+        programs = self._surgery.programs.values()
+        blocks = dict.fromkeys(site.path for program in programs for site in program.sites if site.kind == "block")
+        paths = {path: None for program in programs for path in called(program.graph)}
         model: Any = self
-        mark_layers(model, blocks, gradient_checkpointing_func, every_n_layers if enable else 0)
+        mark_layers(model, blocks, paths, gradient_checkpointing_func, every_n_layers if enable else 0)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         fail(

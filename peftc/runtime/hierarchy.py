@@ -51,10 +51,20 @@ def slices(nodes: Sequence[fx.Node], units: Mapping[str, str], inserted: Collect
     return _cut(nodes, chains, 0, frozenset(inserted))
 
 
+def called(graph: fx.Graph) -> dict[str, None]:
+    """Paths of the modules whose calls made the nodes of a graph, in the order of their calls."""
+    return {path: None for node in graph.nodes for path, _ in _stack(node)}
+
+
+def _stack(node: fx.Node) -> list[tuple[str, str]]:
+    """Path and the trace's own name of each call that a node was made in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(str(entry[0]).partition("@")[0], key) for key, entry in stack.items()]
+
+
 def _chain(node: fx.Node, units: Mapping[str, str]) -> tuple[_Call, ...]:
     """The calls of units that a node was made in, outermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return tuple(_Call(units[entry[0]], key) for key, entry in stack.items() if entry[0] in units)
+    return tuple(_Call(units[path], key) for path, key in _stack(node) if path in units)
 
 
 def _cut(nodes: Sequence[fx.Node], chains: Chains, depth: int, inserted: frozenset[fx.Node]) -> tuple[Slice, ...]:

@@ -94,7 +94,8 @@ class Parts:
     @staticmethod
     def _call(step: Step, module: torch.nn.Module, run: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         if step.overwrites and computes_again(module):
-            message = f"`{step.unit}` writes into its input (at {step.overwrites}), so it cannot be computed again"
+            what = f"`{step.unit}` writes into a buffer or an input of its own (at {step.overwrites})"
+            message = f"{what}, so it cannot be computed again"
             fail("E041", message, help="turn activation checkpointing off")
         return call_unit(module, run, arguments)
 

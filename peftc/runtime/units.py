@@ -43,7 +43,7 @@ def is_layer(module: torch.nn.Module) -> bool:
     """Whether it is a layer that is checkpointed, not a container that carries the mark for its layers."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return isinstance(module, GradientCheckpointingLayer) or "_peftc_layer" in module.__dict__
+    return isinstance(module, GradientCheckpointingLayer) or module.__dict__.get("_peftc_layer", False)
 
 
 def gathered_dtype(model: torch.nn.Module) -> torch.dtype | None:
@@ -57,30 +57,38 @@ def computes_again(module: torch.nn.Module) -> bool:
     return checkpoints(module) and module.training and torch.is_grad_enabled()
 
 
-def mark_layers(model: torch.nn.Module, blocks: Collection[str], function: Callable[..., Any], every: int) -> None:
+def mark_layers(
+    model: torch.nn.Module, blocks: Collection[str], called: Collection[str], function: Callable[..., Any], every: int
+) -> None:
     """Mark each `every`-th layer, or with 0 none, as one whose activations `function` computes again.
 
-    Layers are what transformers calls layers, and beside them the modules at `blocks` that neither hold nor are in one.
-    Raises `PeftcError` E041 when there is none.
+    Layers are what transformers calls layers, and beside them the modules at or in `blocks` that the graph calls and
+    that neither hold nor are in one; `called` are the paths of all modules that it calls. Raises `PeftcError` E041 when
+    none is called.
     """
     layers = {path: module for path, module in model.named_modules() if is_layer(module)}
     for path in blocks:
         if not any(_related(path, other) for other in layers):
-            layers[path] = model.get_submodule(path)
-            layers[path].__dict__["_peftc_layer"] = True
-    if not layers:
+            inside = [other for other in called if _inside(other, path)]
+            layers |= {p: model.get_submodule(p) for p in inside if not any(_inside(p, q) for q in inside if q != p)}
+    if not any(path in called for path in layers):
         reason = "no layer of it is known whose activations could be computed again"
         fail("E041", f"{type(model).__name__} cannot checkpoint activations: {reason}", help="turn checkpointing off")
     own: dict[torch.nn.Module, int] = {layer: index for index, layer in enumerate(layers.values())}
     for module in model.modules():
         if module in own or hasattr(module, "gradient_checkpointing"):
             marked: Any = module
+            marked.__dict__["_peftc_layer"] = module in own
             marked._gradient_checkpointing_func = function
             marked.gradient_checkpointing = every > 0 and own.get(module, 0) % every == 0
 
 
+def _inside(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(outer + ".")
+
+
 def _related(path: str, other: str) -> bool:
-    return path == other or path.startswith(other + ".") or other.startswith(path + ".")
+    return _inside(path, other) or _inside(other, path)
 
 
 def call_unit(module: torch.nn.Module, run: Callable[..., Any], arguments: Sequence[Any]) -> Any:

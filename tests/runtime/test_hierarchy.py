@@ -18,7 +18,7 @@ from peftc.lang.library import rule_files
 from peftc.lang.loader import parse_rule
 from peftc.runtime.hierarchy import Slice, slices
 from peftc.runtime.parts import compiled
-from peftc.runtime.units import mark_layers
+from peftc.runtime.units import checkpoints, mark_layers
 from peftc.store.heads import resolve
 from runtime.tiny import batch, moved, seq2seq_batch
 
@@ -184,6 +184,24 @@ def test_a_block_called_by_itself_is_the_bases_and_a_copy_calls_its_own(model_di
     assert calls[:2] == [model.bert.encoder.layer[0], copied.bert.encoder.layer[0]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_generation_calls_each_layer_once_a_token_and_writes_the_same(model_dir: Load, name: str) -> None:
+    model = moved(peftc.apply("lora", model_dir(name)))
+    asked: dict[str, Any] = {**batch(3, 6), "min_new_tokens": 5, "max_new_tokens": 5, "do_sample": False}
+    asked |= {key: value.flip(1) for key, value in batch(3, 6).items()}
+    wanted = model.generate(**asked)
+    calls: list[str] = []
+    for path, module in model.named_modules():
+        if path.endswith("layers.0"):
+            module.register_forward_hook(lambda *_, path=path: calls.append(path))
+    model.activation_checkpointing_enable()
+    assert torch.equal(model.generate(**asked), wanted)
+    decoder = "model.decoder.layers.0" if name == "bart" else "model.layers.0"
+    assert calls.count(decoder) == 5
+    assert len(calls) == (6 if name == "bart" else 5), "the encoder runs once"
+
+
 ACROSS = """\
 peftc: 1
 name: across
@@ -249,6 +267,14 @@ def test_families_run_in_parts(family_dir: Load, name: str) -> None:
     assert len(layers) == {"albert": 3, "t5": 4}.get(name, 2)
 
 
+def test_a_block_that_is_only_a_list_is_marked_by_the_layers_in_it() -> None:
+    model = torch.nn.ModuleDict({"stage": torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])})
+    mark_layers(model, ["stage"], ["", "stage.0", "stage.1"], print, 1)
+    assert [path for path, module in model.named_modules() if checkpoints(module)] == ["stage.0", "stage.1"]
+    with pytest.raises(PeftcError, match=r"E041 .*ModuleDict cannot checkpoint activations"):
+        mark_layers(model, ["stage"], [""], print, 1)
+
+
 def graph_of(*places: str) -> list[fx.Node]:
     """A chain of nodes, each made in the call that its place names: "a", or "a@1" for the second call."""
     graph = fx.Graph()
@@ -297,9 +323,11 @@ def test_a_layer_that_writes_into_its_input_is_not_computed_again() -> None:
     parts = compiled(cut, [x], [fine, wrong], {})
     layers: Any = {"here": torch.nn.Identity(), "layer": torch.nn.Identity()}
     for layer in layers.values():
-        mark_layers(layer, [""], lambda run, *args: run(*args), 1)
-    with pytest.raises(PeftcError, match=r"E041 error: `layer` writes into its input \(at add__tensor_1\)"):
+        mark_layers(layer, [""], [""], lambda run, *args: run(*args), 1)
+    with pytest.raises(
+        PeftcError, match=r"E041 error: `layer` writes into a buffer or an input of its own \(at add__tensor_1\)"
+    ):
         parts({}, [torch.ones(2)], layers.__getitem__)
-    mark_layers(layers["layer"], [""], print, 0)
+    mark_layers(layers["layer"], [""], [""], print, 0)
     found = parts({}, [torch.ones(2)], layers.__getitem__)
     assert [value.tolist() for value in found] == [[0.0, 0.0], [2.0, 2.0]]
