@@ -17,7 +17,6 @@ Numbers are compared in float64. Deltas that are folded or compared with another
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -27,10 +26,10 @@ import torch
 from peftc.diagnostics import PeftcError, Span
 from peftc.families import Subject, forget_spoilt, traced
 from peftc.lang.loader import load_rule
-from peftc.lang.rule import Case, Rule
+from peftc.lang.rule import Case, Rule, SameAs
+from peftc.rule_test_states import State, distance, finite, initial_state, random_state
 
 if TYPE_CHECKING:
-    from peftc.ir.initial import Saved
     from peftc.ir.program import Program
     from peftc.ir.sites import Site
     from peftc.plan import Edit, Plan
@@ -87,8 +86,8 @@ def run_case(source: str, case: Case) -> Result:
         trial.refused(error)
     finally:
         forget_spoilt()
-    outcomes = [finding.outcome for finding in trial.findings]
-    worst = min([*outcomes, _WORST_FIRST[-1]], key=_WORST_FIRST.index)
+    outcomes: list[Outcome] = [*(finding.outcome for finding in trial.findings), _WORST_FIRST[-1]]
+    worst = min(outcomes, key=_WORST_FIRST.index)
     return Result(source, case.label, worst, tuple(trial.findings), time.perf_counter() - start)
 
 
@@ -167,19 +166,19 @@ class _Trial:
         if not self.case.fold and self.case.same_as is None:
             return
         key = "fold" if self.case.fold else "same_as"
-        state = _random_state(subject, program, plan)
-        adapted = subject.run(program, state)
-        if not _finite(adapted):
+        state = random_state(subject, program, plan)
+        run = _Run(subject, program, state, subject.run(program, state), tolerance)
+        if not finite(run.outputs):
             self.tell("failed", key, "finite outputs with random deltas", "NaN or infinity")
-        elif distance(subject.outputs, adapted) < _VISIBLE:
+        elif distance(subject.outputs, run.outputs) < _VISIBLE:
             self.tell("failed", key, "deltas that change the outputs", "random values in them change nothing")
         elif self.case.same_as is not None:
-            self._same_as(subject, plan, state, adapted, tolerance)
+            self._same_as(run, plan, self.case.same_as)
         if self.case.fold:
-            self._fold(subject, program, state, adapted, tolerance)
+            self._fold(run)
 
     def _identity(self, subject: Subject, program: Program, plan: Plan, tolerance: float) -> None:
-        apart = distance(subject.outputs, subject.run(program, _initial_state(subject, plan)))
+        apart = distance(subject.outputs, subject.run(program, initial_state(subject, plan)))
         if self.case.identity and apart > tolerance:
             expected = f"the base's outputs before training (within {tolerance:.0e})"
             self.tell("missing", "identity", expected, f"they differ by {apart:.2e}")
@@ -187,19 +186,12 @@ class _Trial:
             expected = "other outputs than the base's before training"
             self.tell("missing", "identity", expected, f"they differ by {apart:.2e}")
 
-    def _fold(
-        self,
-        subject: Subject,
-        program: Program,
-        state: dict[str, torch.Tensor],
-        adapted: list[list[torch.Tensor]],
-        tolerance: float,
-    ) -> None:
+    def _fold(self, run: _Run) -> None:
         from peftc.merge import folded_state
         from peftc.passes.fold import Fold
 
         fold = Fold()
-        fold.apply(program)
+        fold.apply(run.program)
         for row, expected in self.case.fold.items():
             decisions = [d for d in fold.decisions if d.insertion.delta.partition(".")[0] == row]
             other = [d for d in decisions if d.result != expected]
@@ -207,93 +199,41 @@ class _Trial:
                 why = f"{other[0].result} at {len(other)} of {_sites(len(decisions))}" if other else "no site"
                 reason = f": {other[0].reason}" if other and other[0].reason else ""
                 self.tell("missing", f"fold.{row}", f"`{row}` is {expected}", why + reason)
-        if all(decision.result == "kept" for decision in fold.decisions):
-            return
-        folded = folded_state(_State(state), program, fold)
-        apart = distance(adapted, subject.run(program, folded))
-        if apart > tolerance:
-            expected = f"the unfolded model's outputs (within {tolerance:.0e})"
-            self.tell("failed", "fold", expected, f"the folded model's differ by {apart:.2e}")
+        if any(decision.result != "kept" for decision in fold.decisions):
+            apart = run.apart(run.program, folded_state(State(run.state), run.program, fold))
+            if apart > run.tolerance:
+                expected = f"the unfolded model's outputs (within {run.tolerance:.0e})"
+                self.tell("failed", "fold", expected, f"the folded model's differ by {apart:.2e}")
 
-    def _same_as(
-        self,
-        subject: Subject,
-        plan: Plan,
-        state: dict[str, torch.Tensor],
-        adapted: list[list[torch.Tensor]],
-        tolerance: float,
-    ) -> None:
+    def _same_as(self, run: _Run, plan: Plan, same: SameAs) -> None:
         from peftc.counterparts import Unpaired, other_rule, pairs
         from peftc.pipeline import rewrite
 
-        same = self.case.same_as
-        assert same is not None
-        program = subject.program()
+        program = run.subject.program()
         theirs = rewrite(program, other_rule(same, plan.rule.file))
         found = pairs(plan, theirs, same.map)
         if isinstance(found, Unpaired):
             self.tell("missing", "same_as", f"the parameters of `{same.rule}`", found.reason)
             return
-        values = {**state, **{name: state[ours] for ours, name in found.items()}}
-        apart = distance(adapted, subject.run(program, values))
-        if apart > tolerance:
-            expected = f"the outputs of `{same.rule}` (within {tolerance:.0e})"
+        apart = run.apart(program, {**run.state, **{name: run.state[ours] for ours, name in found.items()}})
+        if apart > run.tolerance:
+            expected = f"the outputs of `{same.rule}` (within {run.tolerance:.0e})"
             self.tell("missing", "same_as", expected, f"they differ by {apart:.2e}")
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """Tensors by name, as the fold reads them."""
+class _Run:
+    """The adapted model with random deltas: its tensors, its outputs, and what counts as no difference of them."""
 
-    values: dict[str, torch.Tensor]
+    subject: Subject
+    program: Program
+    state: dict[str, torch.Tensor]
+    outputs: list[list[torch.Tensor]]
+    tolerance: float
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.values[name]
-
-
-def distance(one: list[list[torch.Tensor]], other: list[list[torch.Tensor]]) -> float:
-    """The largest difference of two models' outputs, over the largest magnitude of that output where beyond 1.
-
-    Infinity where shapes differ or where anything is not finite.
-    """
-    worst = 0.0
-    for ours, theirs in zip(one, other, strict=True):
-        if len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
-            return float("inf")
-        for a, b in zip(ours, theirs, strict=True):
-            apart = float((a.double() - b.double()).abs().max() / max(1.0, float(a.abs().max())))
-            worst = max(worst, apart if apart == apart else float("inf"))
-    return worst
-
-
-def _finite(outputs: list[list[torch.Tensor]]) -> bool:
-    return all(bool(torch.isfinite(value).all()) for values in outputs for value in values)
-
-
-def _initial_state(subject: Subject, plan: Plan) -> dict[str, torch.Tensor]:
-    from peftc.runtime.init import Initializer
-
-    start = Initializer(plan.parameters, 0, subject.state.__getitem__, _stand_in)
-    return {**subject.state, **{name: start(name) for name in plan.parameters}}
-
-
-def _stand_in(saved: Saved) -> torch.Tensor:
-    """What a test takes for the tensor of a stored delta: no directory is read."""
-    seed = zlib.crc32(f"{saved.hyper}.{saved.slot.name(saved.parameter)}".encode())
-    generator = torch.Generator().manual_seed(seed)
-    return 0.3 * torch.randn(saved.shape, generator=generator, dtype=torch.float64)
-
-
-def _random_state(subject: Subject, program: Program, plan: Plan) -> dict[str, torch.Tensor]:
-    """Noise on everything that trains; frozen tensors of the deltas stay as they start."""
-    state = _initial_state(subject, plan)
-    generator = torch.Generator().manual_seed(3)
-    for name in sorted(plan.trainable):
-        noise = torch.randn(state[name].shape, generator=generator, dtype=torch.float64)
-        state[name] = state[name] + 0.3 * noise.to(state[name].dtype)
-    for name, first in program.tied.items():
-        state[name] = state[first]
-    return state
+    def apart(self, program: Program, state: dict[str, torch.Tensor]) -> float:
+        """How far the outputs of another program, or of other tensors, are from these."""
+        return distance(self.outputs, self.subject.run(program, state))
 
 
 _MADE_BY = {

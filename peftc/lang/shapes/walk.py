@@ -220,7 +220,7 @@ class Walk:
         finally:
             self.sizes.sure_only = before
 
-    def _condition(self, node: ast.BoolOp | ast.Compare) -> Static:
+    def _condition(self, node: ast.BoolOp | ast.Compare) -> Value:
         parts = node.values if isinstance(node, ast.BoolOp) else [node.left, *node.comparators]
         values = [self.visit(part) for part in parts]
         known = [value.value for value in values if isinstance(value, Static) and value.known]
