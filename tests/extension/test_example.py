@@ -167,6 +167,7 @@ def test_delta_directory_holds_form_and_pattern_and_names_the_package_of_the_op(
 
 
 @pytest.mark.usefixtures("example")
+@pytest.mark.slow
 def test_adapted_model_exports_to_onnx_and_is_kept_out_of_a_plain_checkpoint(tmp_path: Path) -> None:
     _, ours = adapted(tmp_path)
     ours.save_pretrained(tmp_path / "delta")

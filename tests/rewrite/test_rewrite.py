@@ -177,9 +177,7 @@ def refused(code: str) -> Iterator[None]:
     assert {d.code for d in raised.value.diagnostics} == {code}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("skip", "shared") else pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "skip" else pytest.mark.slow) for n in CASES])
 def test_an_entry_exports_and_a_checkpoint_of_what_stays_is_refused(name: str, bert: Path, tmp_path: Path) -> None:
     entries, _, results = CASES[name]
     ours = apply_rule(text(entries), bert, {})
