@@ -265,7 +265,7 @@ class _Inserter:
         return lowering, keys, values
 
     def _concat(self, region: Region) -> Insertion:
-        start = latest(self.program.graph, [region.anchor.prev, *self.program.bindings])
+        start = latest(self.program.graph, [region.entry, *self.program.bindings])
         for source in self.edit.sources.values():
             if start < source.tap.current(self.program):
                 refuse_source(self.delta, source, "heads", self.edit.site)

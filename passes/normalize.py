@@ -5,6 +5,7 @@
   `linear(x, transpose(W))`: the transpose records the layout;
 - an op that writes into a value of the graph (`add_`) becomes the one that makes a new value, where nothing else
   shares the memory;
+- integers that `histc` counts become floats, which it counts on the CPU too;
 - what nothing uses any more is removed.
 
 The graph computes the same values before and after.
@@ -39,6 +40,8 @@ class Normalize:
         for node in list(graph.nodes):
             if is_call(node, aten.addmm.default):
                 _addmm_to_linear(program, node)
+            elif is_call(node, aten.histc.default):
+                _count_as_float(program, node)
             elif node.op == "call_function":
                 _in_place_to_new(node)
         graph.eliminate_dead_code()
@@ -69,6 +72,20 @@ def _addmm_to_linear(program: Program, node: fx.Node) -> None:
     unflatten.replace_all_uses_with(linear)
     for dead in (unflatten, node):
         program.graph.erase_node(dead)
+
+
+def _count_as_float(program: Program, node: fx.Node) -> None:
+    """`histc` counts floats on every device, and integers on CUDA alone: a mixture's experts are numbers below 2^24."""
+    counted = node.args[0]
+    assert isinstance(counted, fx.Node)
+    if counted.meta["val"].is_floating_point():
+        return
+    builder = Builder(program, node.prev, label="", like=node)
+    floats = builder.call(aten.to.dtype, counted, torch.float32)
+    floats.meta.pop("custom")
+    node.replace_input_with(counted, floats)
+    with program.fake_mode:
+        node.meta["val"] = node.meta["val"].to(torch.float32)
 
 
 def _in_place_to_new(node: fx.Node) -> None:

@@ -33,6 +33,11 @@ class Region(Protocol):
     @property
     def anchor(self) -> fx.Node: ...
     @property
+    def entry(self) -> fx.Node:
+        """The node after which a prefix is written."""
+        ...
+
+    @property
     def heads_out(self) -> fx.Node: ...
     @property
     def head_count(self) -> int: ...
@@ -72,6 +77,10 @@ class FusedRegion:
     """One `scaled_dot_product_attention` node."""
 
     anchor: fx.Node
+
+    @property
+    def entry(self) -> fx.Node:
+        return self.anchor.prev
 
     @property
     def heads_out(self) -> fx.Node:
@@ -183,6 +192,12 @@ class EagerRegion:
     steps: tuple[Step, ...]
     """What is done to the scores of a row whatever its place: the scale, a soft cap. A prefix's rows undergo it too."""
     heads_out: fx.Node
+    logits: fx.Node
+    """The scores that rows are put in front of; a column of sinks may follow, and what a row is shifted by."""
+
+    @property
+    def entry(self) -> fx.Node:
+        return self.anchor.prev if self.logits is self.anchor.args[0] else self.logits
 
     @property
     def _is_baddbmm(self) -> bool:
@@ -224,9 +239,7 @@ class EagerRegion:
         return scores
 
     def _base_scores(self) -> fx.Node:
-        scores = self.anchor.args[0]
-        assert isinstance(scores, fx.Node)
-        return scores
+        return self.logits
 
     def extend(self, builder: Builder, keys: fx.Node, values: fx.Node) -> None:
         scores = self._base_scores()
@@ -234,7 +247,12 @@ class EagerRegion:
         extra = builder.cast(self._scores_of(builder, keys), scores.meta["val"].dtype)
         if flat:
             extra = builder.call(aten.flatten.using_ints, extra, 0, 1)
-        self.anchor.replace_input_with(scores, builder.call(aten.cat.default, [extra, scores], -1))
+        longer = builder.call(aten.cat.default, [extra, scores], -1)
+        if self.logits is self.anchor.args[0]:
+            self.anchor.replace_input_with(scores, longer)
+        else:  # a row's largest is taken over the prefix too
+            own = set(builder.nodes)
+            scores.replace_all_uses_with(longer, delete_user_cb=lambda user: user not in own)
         rows = builder.cast(_rows(builder, values, self.head_count), self.values.meta["val"].dtype)
         if self.values.meta["val"].dim() == 3:
             rows = _expand_batch(builder, rows, self._split(builder, self.queries))

@@ -8,9 +8,21 @@ import torch
 from torch import fx
 
 from peftc.ir.attention import EagerRegion, FusedRegion, Region, Step
-from peftc.ir.program import Program, is_call, module_path, shape_of
+from peftc.ir.program import Program, is_call, is_getitem, module_path, operand, shape_of
 from peftc.ir.sites import Layout, Linear, Site, Tap
-from peftc.locate.walk import DROPOUT, NORMS, POINTWISE, VIEWS, backward, common_path, inputs_of, reaches, skip_back
+from peftc.locate.walk import (
+    CONVS,
+    DROPOUT,
+    NORMS,
+    POINTWISE,
+    VIEWS,
+    backward,
+    common_path,
+    inputs_of,
+    is_tensor,
+    reaches,
+    skip_back,
+)
 
 aten = torch.ops.aten
 
@@ -19,7 +31,7 @@ def find_attention(program: Program, linears: dict[fx.Node, Linear]) -> list[Sit
     """Every attention whose queries, keys and values come from linear layers, in graph order."""
     sites = []
     for node in program.graph.nodes:
-        region = _region(node)
+        region = _region(node, program)
         if region is None:
             continue
         site = _site(region, linears)
@@ -28,29 +40,44 @@ def find_attention(program: Program, linears: dict[fx.Node, Linear]) -> list[Sit
     return sites
 
 
-def _region(node: fx.Node) -> Region | None:
+def _region(node: fx.Node, program: Program) -> Region | None:
     if is_call(node, aten.scaled_dot_product_attention.default):
         return FusedRegion(node)
     if is_call(node, aten.softmax.int, aten._softmax.default):
-        return _eager_region(node)
+        return _eager_region(node, program)
     return None
 
 
 _PRODUCTS = (aten.bmm.default, aten.matmul.default)
 
 
-def _eager_region(softmax: fx.Node) -> EagerRegion | None:
-    """softmax(.. q kᵀ ..) v, where the product with v follows through views and dropout alone."""
+def _eager_region(softmax: fx.Node, program: Program) -> EagerRegion | None:
+    """softmax(.. q kᵀ ..) v, where the product with v follows through views and dropout, and a slice without sinks."""
     if softmax.meta["val"].dim() not in (3, 4):
         return None
-    product = _forward_to(softmax, _PRODUCTS, (*VIEWS, *DROPOUT))
-    if product is None or skip_back(product.args[0]) is not softmax:  # pyright: ignore[reportArgumentType]
+    through = (*VIEWS, *DROPOUT, aten.slice.Tensor)
+    product = _forward_to(softmax, _PRODUCTS, through)
+    if product is None or skip_back(operand(product, 0), *through) is not softmax:
         return None
-    scores = _score_product(softmax)
+    logits = _before_shift(operand(softmax, 0))
+    scores = _score_product(logits, program)
     heads_out = _heads_value(product)
     if scores is None or heads_out is None:
         return None
-    return EagerRegion(softmax, scores[0], product, scores[1], heads_out)
+    return EagerRegion(softmax, scores[0], product, scores[1], heads_out, logits)
+
+
+def _before_shift(node: fx.Node) -> fx.Node:
+    """The scores themselves, where their row's largest is taken off for the sake of the exponential."""
+    shifted = skip_back(node)
+    if not is_call(shifted, aten.sub.Tensor) or not isinstance(shifted.args[1], fx.Node):
+        return node
+    scores, largest = operand(shifted, 0), operand(shifted, 1)
+    if is_getitem(largest) and is_call(operand(largest, 0), aten.max.dim):
+        largest = operand(largest, 0)
+    elif not is_call(largest, aten.amax.default):
+        return node
+    return scores if operand(largest, 0) is scores else node
 
 
 def _forward_to(node: fx.Node, targets: tuple[object, ...], through: tuple[object, ...]) -> fx.Node | None:
@@ -64,9 +91,15 @@ def _forward_to(node: fx.Node, targets: tuple[object, ...], through: tuple[objec
     return None
 
 
-def _score_product(softmax: fx.Node) -> tuple[fx.Node, tuple[Step, ...]] | None:
+_BESIDE = (
+    aten.add.Tensor, aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self, aten.cat.default,
+)  # fmt: skip
+"""What brings a bias or a mask to the scores, or a column of sinks that no value belongs to."""
+
+
+def _score_product(logits: fx.Node, program: Program) -> tuple[fx.Node, tuple[Step, ...]] | None:
     """The product q kᵀ that makes the scores, with what else is done to them one by one on the way (see `Step`)."""
-    node, steps = softmax.args[0], []
+    node, steps = logits, []
     for _ in range(32):
         if not isinstance(node, fx.Node):
             return None
@@ -77,9 +110,17 @@ def _score_product(softmax: fx.Node) -> tuple[fx.Node, tuple[Step, ...]] | None:
             return node, tuple(reversed(steps))
         if is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
             steps.append((node.target, node.args[1:]))
+        elif is_call(node, aten.mul.Tensor):
+            factor = _factor(node)
+            if factor is None or not (_one_a_head(factor) or _is_mask(factor, program)):
+                return None
+            if _one_a_head(factor):
+                steps.append((node.target, (factor,)))
+            node = _operand_with_product(node)
+            continue
         elif is_call(node, aten.tanh.default):
             steps.append((node.target, ()))
-        elif is_call(node, aten.add.Tensor, aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self):
+        elif is_call(node, *_BESIDE):
             node = _operand_with_product(node)
             continue
         elif not is_call(node, *VIEWS):
@@ -88,10 +129,27 @@ def _score_product(softmax: fx.Node) -> tuple[fx.Node, tuple[Step, ...]] | None:
     return None
 
 
+def _factor(node: fx.Node) -> fx.Node | None:
+    """Of a product of the scores with something else, what it is that they are multiplied by."""
+    scores = _operand_with_product(node)
+    others = [other for other in inputs_of(node) if other is not scores]
+    return others[0] if scores is not None and len(others) == 1 else None
+
+
+def _one_a_head(factor: fx.Node) -> bool:
+    """A scale that is the same for every query and key: a prefix's scores are multiplied by it too."""
+    return is_tensor(factor) and all(size == 1 for size in shape_of(factor)[-2:]) and len(shape_of(factor)) != 3
+
+
+def _is_mask(factor: fx.Node, program: Program) -> bool:
+    """Whether no parameter has a part in it: 1 where a key is seen, 0 elsewhere; a prefix is seen by all."""
+    return all(program.parameter_name(node) is None for node in backward([factor], lambda _: False))
+
+
 def _operand_with_product(node: fx.Node) -> fx.Node | None:
-    for operand in inputs_of(node):
-        if any(is_call(n, *_PRODUCTS, aten.baddbmm.default) for n in backward([operand], _is_product)):
-            return operand
+    for source in inputs_of(node):
+        if any(is_call(n, *_PRODUCTS, aten.baddbmm.default) for n in backward([source], _is_product)):
+            return source
     return None
 
 
@@ -125,7 +183,8 @@ def _site(region: Region, linears: dict[fx.Node, Linear]) -> Site | None:
     for name, (stream, linear) in streams.items():
         others = [s for other, (s, source) in streams.items() if other != name and source is linear]
         node = linear.node if not others else _separation(linear.node, stream, others)
-        layout = None if node is None else _layout(node, head_dim if name == "v" else key_dim)
+        flat = node is linear.node
+        layout = None if node is None else "flat" if flat else _layout(node, head_dim if name == "v" else key_dim)
         if node is None or layout is None:
             missing[name] = f"{name} is no single part of the fused projection {module_path(linear.node)}"
         else:
@@ -222,7 +281,7 @@ def _chain(node: fx.Node) -> set[fx.Node]:
     chain = {node}
     for _ in range(64):
         tensors = [n for n in inputs_of(node) if n.op != "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
-        known = is_call(node, *VIEWS, *DROPOUT, *NORMS, aten.linear.default, aten.slice.Tensor, aten.mul.Tensor)
+        known = is_call(node, *VIEWS, *DROPOUT, *NORMS, *CONVS, aten.linear.default, aten.slice.Tensor, aten.mul.Tensor)
         rms = is_call(node, *POINTWISE, aten.mean.dim, aten.rsqrt.default) and len(tensors) == 1
         if not tensors or not (known or rms):
             return chain

@@ -8,6 +8,7 @@ from torch import fx
 from peftc.ir.program import Program, is_call, is_getitem, module_path, shape_of
 from peftc.ir.sites import Linear, Site, Tap
 from peftc.locate.walk import (
+    CONVS,
     DROPOUT,
     NONLINEAR,
     NORMS,
@@ -18,6 +19,7 @@ from peftc.locate.walk import (
     common_path,
     inputs_of,
     is_piece,
+    is_size,
     reaches,
     skip_back,
 )
@@ -37,7 +39,7 @@ def find_ffn(program: Program, linears: dict[fx.Node, Linear], taken: set[fx.Nod
 
 
 def _site(program: Program, down: Linear, linears: dict[fx.Node, Linear], taken: set[fx.Node]) -> Site | None:
-    region = set(backward([down.x], lambda node: node in linears))
+    region = {node for node in backward([down.x], lambda n: n in linears or is_size(n)) if not is_size(node)}
     roots = [node for node in region if node in linears]
     if not roots or len(roots) > 2 or any(root in taken for root in roots):
         return None
@@ -71,7 +73,15 @@ def _admitted(program: Program, node: fx.Node) -> bool:
         return program.parameter_name(node) is not None
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return True  # sizes for views, and the tuple of a split
+    if is_call(node, *CONVS):
+        return _is_depthwise(node)
     return is_call(node, *VIEWS, *PIECES, *DROPOUT, *NONLINEAR, *POINTWISE, *NORMS) or is_getitem(node)
+
+
+def _is_depthwise(conv: fx.Node) -> bool:
+    """Whether each channel is convolved by itself: it mixes positions, as in SegFormer's FFN, and no channels."""
+    weight = conv.args[1]
+    return isinstance(weight, fx.Node) and shape_of(weight)[1] == 1
 
 
 def _sources(roots: list[fx.Node], inner: set[fx.Node], mid: fx.Node) -> dict[str, fx.Node] | None:
@@ -120,9 +130,10 @@ def _named_linears(
 
 _TO_RESIDUAL = (
     *VIEWS, *DROPOUT, *NORMS, aten.mul.Tensor, aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default,
-    aten.add.Tensor, aten.add.Scalar, aten.index.Tensor,
+    aten.add.Tensor, aten.add.Scalar, aten.index.Tensor, aten.div.Tensor,
 )  # fmt: skip
-"""What an FFN's result may pass on its way to the residual: dropout, a norm (spelled out or not), a scale, a gather."""
+"""What an FFN's result may pass on its way to the residual: dropout, a norm (spelled out or not), a scale, a gather,
+the division by what a dropped path is kept with."""
 
 
 def _residual(node: fx.Node) -> fx.Node | None:

@@ -9,11 +9,9 @@ from torch import fx
 
 from peftc.ir.program import Program, is_call, module_path, shape_of
 from peftc.ir.sites import Linear, Site, Tap
-from peftc.locate.walk import NORMS, backward, first_input, inputs_of, skip_back
+from peftc.locate.walk import CONVS, NORMS, backward, first_input, inputs_of, skip_back
 
 aten = torch.ops.aten
-
-_CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding)
 
 
 def find_plain(program: Program, linears: dict[fx.Node, Linear]) -> list[Site]:
@@ -24,7 +22,7 @@ def find_plain(program: Program, linears: dict[fx.Node, Linear]) -> list[Site]:
             sites.append(_linear_site(linears[node]))
         elif is_call(node, aten.embedding.default):
             sites.extend(_parameter_site(program, "embedding", node, weight=0, bias=None, x=None))
-        elif is_call(node, *_CONVS):
+        elif is_call(node, *CONVS):
             sites.extend(_parameter_site(program, "conv", node, weight=1, bias=2, x=0))
         elif is_call(node, *NORMS):
             sites.extend(_norm_site(program, node))

@@ -26,6 +26,11 @@ DROPOUT = (aten.dropout.default,)
 
 NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, aten.batch_norm.default)
 
+CONVS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
+
 NONLINEAR = (
     aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
     aten.softplus.default, aten.leaky_relu.default, aten.elu.default, aten.hardswish.default, aten.mish.default,
@@ -91,6 +96,11 @@ def reaches(source: fx.Node, within: set[fx.Node]) -> set[fx.Node]:
         seen.add(node)
         queue.extend(node.users)
     return seen
+
+
+def is_size(node: fx.Node) -> bool:
+    """A size that a view is made with; it says nothing of where the value comes from."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def is_piece(node: fx.Node) -> bool:

@@ -29,7 +29,15 @@ FFN = re.compile(
     r"MLP$|Mlp$|FeedForward|FFN$|Intermediate$|FeedForwardNetwork|DenseActDense|DenseGatedActDense|PositionWise"
 )
 EXPERTS = re.compile(r"Experts$")
-PAIRS = (("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"), ("fc_in", "fc_out"), ("wi", "wo"), ("w1", "w2"))
+PAIRS = (
+    ("fc1", "fc2"),
+    ("linear1", "linear2"),
+    ("lin1", "lin2"),
+    ("fc_in", "fc_out"),
+    ("wi", "wo"),
+    ("w1", "w2"),
+    ("ffn", "ffn_output"),
+)
 """Names of the two linear layers of an FFN that stand in its layer directly."""
 
 
@@ -67,30 +75,37 @@ def _calls(program: Program) -> Counter[str]:
 def _kinds(model: torch.nn.Module) -> dict[str, str]:
     kinds: dict[str, str] = {}
     for path, module in model.named_modules():
-        kind = _kind(path, module)
+        kind = _kind(module)
         if kind is not None:
             kinds[path] = kind
     layered = {type(model.get_submodule(path)) for path in kinds if _INDEX.search(path)}
     return {
         path: kind
         for path, kind in kinds.items()
-        if type(model.get_submodule(path)) in layered and not _holds_another(path, kind, kinds)
+        if _of_a_layer(path, type(model.get_submodule(path)), layered) and not _holds_another(path, kind, kinds)
     }
 
 
+def _of_a_layer(path: str, cls: type, layered: set[type]) -> bool:
+    """Whether it is in a layer, or of a class that is; a plain `Sequential` tells nothing by its class."""
+    return bool(_INDEX.search(path)) or (cls in layered and cls.__name__ != "Sequential")
+
+
 _INDEX = re.compile(r"(^|\.)\d+(\.|$)")
-"""A path inside a repeated layer. A class that occurs in none (a projector, a prediction head) is no block's part."""
+"""A path inside a repeated layer. What is in none (a projector, a prediction head) is no block's part."""
 
 
-def _kind(path: str, module: torch.nn.Module) -> str | None:
+def _kind(module: torch.nn.Module) -> str | None:
     name = type(module).__name__
-    if not re.search(r"(^|\.)\d+(\.|$)", path) or not _matrices(module):
+    if not _matrices(module):
         return None
     if ATTENTION.search(name) and not NOT_ATTENTION.search(name):
         return "linear_attention" if LINEAR_ATTENTION.search(name) else "attention"
     if EXPERTS.search(name):
         return "experts"
     children = {child for child, _ in module.named_children()}
+    if name == "Sequential" and sum(type(child).__name__ == "Linear" for child in module.children()) == 2:
+        return "ffn"
     if FFN.search(name) or any(set(pair) <= children for pair in PAIRS):
         return "ffn"
     return None

@@ -107,6 +107,8 @@ def _shrunk(name: str, value: Any, raw: Mapping[str, Any], layers: list[int], de
             return {**value, "mrope_section": _sections(value["mrope_section"], raw)}
         is_config = "model_type" in value or name.endswith("_config")
         return shrink(value, kept) if is_config else value
+    if name == "vocab_size" and value is None:  # that of a tokenizer, which the default config does not know
+        return VOCABULARY
     if isinstance(value, bool) or value is None or isinstance(value, (str, float)):
         return value
     if isinstance(value, (list, tuple)):

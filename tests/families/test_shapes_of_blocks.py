@@ -1,0 +1,95 @@
+"""Spellings of attention and FFN that few families have, each on one tiny model of such a family."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from peftc.certify import random_batches
+from peftc.frontend.trace import build_skeleton, default_inputs
+from peftc.ir.copying import copied
+from peftc.ir.program import Program
+from peftc.ir.sites import Site
+from peftc.lang.loader import load_rule
+from peftc.pipeline import analyse, rewrite
+from peftc.runtime.executor import Executor
+from peftc.survey.weights import random_state
+
+TOLERANCE = 1e-5
+CONFIGS: dict[str, tuple[Any, Any]] = {
+    "gpt_oss": (  # a column of sinks beside the scores; experts as stacked weights
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig(
+            num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, vocab_size=50, sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"], attn_implementation="eager", pad_token_id=0,
+        ),
+    ),
+    "openai-gpt": (  # scores are multiplied by the mask
+        transformers.OpenAIGPTLMHeadModel,
+        transformers.OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=4, n_positions=32, vocab_size=50),
+    ),
+    "segformer": (  # a convolution by channel inside the FFN; fewer keys than queries
+        transformers.SegformerForImageClassification,
+        transformers.SegformerConfig(
+            depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 16, 32], num_attention_heads=[1, 1, 2, 4], image_size=64
+        ),
+    ),
+    "unispeech": (  # skips layers at random in training
+        transformers.UniSpeechForCTC,
+        transformers.UniSpeechConfig(
+            num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64, layerdrop=0.5,
+            conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3], num_feat_extract_layers=2,
+            num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, vocab_size=20,
+        ),
+    ),
+}  # fmt: skip
+
+
+@lru_cache
+def located(name: str) -> tuple[Program, dict[str, Tensor], dict[str, Tensor]]:
+    """A family's program, random weights, and a batch."""
+    cls, config = CONFIGS[name]
+    skeleton = build_skeleton(cls, config, torch.float32)
+    specs = default_inputs(skeleton.model)
+    program = analyse(skeleton, specs)
+    return program, random_state(skeleton), dict(random_batches(specs, 19)[1][1])
+
+
+def of_kind(name: str, kind: str) -> list[Site]:
+    return [site for site in located(name)[0].sites if site.kind == kind]
+
+
+def answer(program: Program, state: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return Executor(program, training=False, device=torch.device("cpu")).flat(state, inputs)[0]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "openai-gpt"])
+def test_a_prefix_as_longer_keys_equals_the_gated_sum(name: str) -> None:
+    base, state, inputs = located(name)
+    answers = []
+    for rule in ("prefix", "prefix_gated"):
+        program = copied(base)
+        plan = rewrite(program, load_rule(rule, {"l": 3}))
+        assert {entry.lowering for entry in program.ledger} == {"concat" if rule == "prefix" else "gated"}
+        generator = torch.Generator().manual_seed(3)
+        filled = {n: torch.randn(p.shape, generator=generator) for n, p in sorted(plan.parameters.items())}
+        answers.append(answer(program, {**state, **filled}, inputs))
+    assert (answers[0] - answers[1]).abs().max() <= TOLERANCE * answers[0].abs().max()
+    assert (answers[0] - answer(base, state, inputs)).abs().max() > 1e-2
+
+
+def test_an_ffn_with_a_convolution_by_channel_is_one_site() -> None:
+    assert len(of_kind("segformer", "ffn")) == len(of_kind("segformer", "attention")) == 4
+    assert {site.variant for site in of_kind("segformer", "attention")} == {"self"}
+
+
+def test_layers_that_are_dropped_at_random_are_all_in_the_graph() -> None:
+    assert len(of_kind("unispeech", "attention")) == len(of_kind("unispeech", "ffn")) == 2
+    assert CONFIGS["unispeech"][1].layerdrop == 0.5
