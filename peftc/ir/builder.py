@@ -34,6 +34,12 @@ class Builder:
         self._stack = (like if like is not None else cursor).meta.get("nn_module_stack")
         self._mode = program.fake_mode
 
+    @property
+    def path(self) -> str:
+        """The path of the module whose call the nodes belong to."""
+        entries = list((self._stack or {}).values())
+        return str(entries[-1][0]) if entries else ""
+
     def call(self, target: Any, *args: Operand, **kwargs: Operand) -> fx.Node:
         """Write `target(*args, **kwargs)`; raises what the op raises on operands it cannot take."""
         with _unlogged(), enable_python_dispatcher(), self._mode, torch.no_grad():

@@ -7,6 +7,7 @@ A writer takes the builder and the op's arguments, nodes or static values, and g
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -46,11 +47,20 @@ def _arange(builder: Builder, size: int) -> fx.Node:
 
 
 def _parameter(builder: Builder) -> fx.Node | None:
-    """The widest parameter of the delta: what is made in the graph has its dtype and its device when that runs."""
+    """The widest parameter of the delta: what is made in the graph has its dtype and its device when that runs.
+
+    Of several the nearest to the site, for a block that runs by itself has no other's parameters.
+    """
     delta = builder.label.partition(".")[0]
     own = {name: p.dtype for name, p in builder.program.delta_parameters.items() if p.delta == delta}
-    widest = max(own, key=lambda name: own[name].itemsize, default=None)
+    widest = max(own, key=lambda name: (own[name].itemsize, _shared(name, builder.path)), default=None)
     return None if widest is None else builder.program.placeholders("parameter")[widest]
+
+
+def _shared(name: str, path: str) -> int:
+    """How many parts two dotted names begin with alike."""
+    pairs = zip(name.split("."), path.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _full(builder: Builder, sizes: list[Value], number: float, like: fx.Node | None = None) -> fx.Node:

@@ -6,9 +6,10 @@ and end, by the module stack that the trace left at every node; a unit inside a 
 
     before | encoder.layer.0 | encoder.layer.1 | ... | after
 
-Invariant: the slices in order are the nodes of the flat graph in order, none twice. So values, gradients and random
-numbers are those of the flat graph, whatever a value skips or is shared by, and nothing can be cut wrongly; what may
-fail is that the nodes of a call are no run of the list, and that is an error.
+Invariant: the slices in order are the nodes of the flat graph in order, none twice; only what deltas compute of
+parameters ahead of everything (a new weight) moves to where it is used first, which changes no value. So values,
+gradients and random numbers are those of the flat graph, whatever a value skips or is shared by, and nothing can be cut
+wrongly; what may fail is that the nodes of a call are no run of the list, and that is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from peftc.diagnostics import fail
@@ -48,7 +50,30 @@ def slices(nodes: Sequence[fx.Node], units: Mapping[str, str], inserted: Collect
     reads what a later block computes) it is run there. Raises `PeftcError` E041 when a call is no run of the list.
     """
     chains = {node: _chain(node, units) for node in nodes}
-    return _cut(nodes, chains, 0, frozenset(inserted))
+    new = frozenset(inserted)
+    return _cut(_sunk(nodes, chains, new), chains, 0, new)
+
+
+def _sunk(nodes: Sequence[fx.Node], chains: Chains, inserted: frozenset[fx.Node]) -> list[fx.Node]:
+    """The nodes with those of deltas that stand ahead of their call moved to where they are used first.
+
+    A node that draws random numbers or writes stays where it is.
+    """
+    own = [chains[node][0] if chains[node] and node not in inserted else None for node in nodes]
+    first = {call: span[0] for call, span in _spans(own).items()}
+    place = {node: index for index, node in enumerate(nodes)}
+    anchor = dict(place)
+    for node in reversed(nodes):
+        ahead = node in inserted and chains[node] and place[node] < first.get(chains[node][0], 0)
+        users = [anchor[user] for user in node.users if user in anchor]
+        if ahead and users and _is_pure(node):
+            anchor[node] = min(users)
+    return sorted(nodes, key=lambda node: (anchor[node], anchor[node] == place[node], place[node]))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    tags, schema = getattr(node.target, "tags", ()), getattr(node.target, "_schema", None)
+    return torch.Tag.nondeterministic_seeded not in tags and not (schema is not None and schema.is_mutable)
 
 
 def called(graph: fx.Graph) -> dict[str, None]:

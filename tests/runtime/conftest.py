@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,13 @@ def adapted(model_dir: Callable[[str], Path]) -> Callable[..., Any]:
         return made[key]
 
     return apply
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of one process: FSDP2 shards and gathers as in any group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,20 @@ from safetensors.torch import load_file
 
 import peftc
 from peftc.diagnostics import PeftcError
+from peftc.lang.loader import parse_rule
 from runtime.tiny import batch, moved
 
 TESTS = Path(__file__).parents[1]
 EXAMPLE = TESTS.parent / "examples" / "distributed"
+SEVERAL = """\
+peftc: 1
+name: several
+extends: mam
+deltas:
+  direction: {at: linear, where: {role: [q, v]}, modify: weight, insert: sequential, form: magnitude_direction,
+              with: {s: 2.0}, compose: dh}
+"""
+"""A prefix, an adapter, and weights that are computed of parameters alone."""
 BLOCKS = ["model.layers.0", "model.layers.1"]
 SUMS = 1e-12
 """What float64 may differ by: two processes add the gradients of rows in another order."""
@@ -28,22 +38,13 @@ LOSS = 1e-6
 """The same for a loss, which Llama computes in float32."""
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A group of one process: FSDP2 shards and gathers as in any group."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_a_sharded_model_trains_and_saves_as_the_whole_one(
     alone: None, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    model = moved(peftc.apply("mam", model_dir("llama"), set={"l": 3, "r": 4}, dtype=torch.float64))
+    rule = parse_rule(SEVERAL, "several.yaml")
+    model = moved(peftc.apply(rule, model_dir("llama"), set={"l": 3, "r": 4}, dtype=torch.float64))
     shards = copy.deepcopy(model)
     for layer in shards.model.layers:
         fully_shard(layer)

@@ -227,11 +227,18 @@ FROM_STORED = {"adapter_fusion", "lora_mix"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", sorted(rule_files().keys() - FROM_STORED))
-def test_every_rule_of_the_library_runs_in_parts(model_dir: Load, rule: str) -> None:
+def test_every_rule_of_the_library_runs_in_parts_and_sharded(alone: None, model_dir: Load, rule: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     model = moved(peftc.apply(rule, model_dir("bert"), set=FITTING.get(rule), dtype=torch.float64))
+    shards = copy.deepcopy(model)
     wanted = step(model, **batch())
     model.activation_checkpointing_enable()
     assert_equal(step(model, **batch()), wanted)
+    for module in (*shards.bert.encoder.layer, shards):
+        fully_shard(module)
+    outputs, gradients = step(shards, **batch())
+    assert_equal((outputs, {name: value.full_tensor() for name, value in gradients.items()}), wanted)
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +311,20 @@ def test_calls_are_cut_where_they_begin_and_end() -> None:
 def test_inserted_nodes_stay_with_their_call_where_they_are_beside_it() -> None:
     assert cuts(graph_of("a", "a", "a", "b"), "ab", (0, 2)) == [("a", 3), ("b", 1)]
     assert cuts(graph_of("a", "b", "a", "b"), "ab", (2,)) == [("a", 1), ("b", 3)]
+
+
+def test_what_a_delta_computes_ahead_of_its_call_moves_into_it() -> None:
+    graph = fx.Graph()
+    weight, x = graph.placeholder("weight"), graph.placeholder("x")
+    new = graph.call_function(torch.ops.aten.neg.default, (weight,))
+    drawn = graph.call_function(torch.ops.aten.rand_like.default, (weight,))
+    before = graph.call_function(torch.ops.aten.neg.default, (x,))
+    inside = graph.call_function(torch.ops.aten.mul.Tensor, (before, new))
+    last = graph.call_function(torch.ops.aten.mul.Tensor, (inside, drawn))
+    for node in (new, drawn, inside, last):
+        node.meta["nn_module_stack"] = {"a": ("a", object)}
+    found = slices([new, drawn, before, inside, last], {"a": "a"}, {new, drawn})
+    assert [(part.unit, part.nodes) for part in found] == [("", (drawn, before)), ("a", (new, inside, last))]
 
 
 def test_a_call_that_begins_before_another_ends_is_an_error() -> None:
