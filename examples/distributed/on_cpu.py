@@ -18,5 +18,5 @@ def prepare() -> bool:
         return False
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # pyright: ignore[reportAttributeAccessIssue]
     return True
