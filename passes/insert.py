@@ -23,7 +23,7 @@ from peftc.ir.axis_names import axis_names, shown
 from peftc.ir.builder import Builder, latest
 from peftc.ir.order import make_room
 from peftc.ir.prepend import prepend
-from peftc.ir.program import Insertion, Program
+from peftc.ir.program import Insertion, Program, shape_of
 from peftc.ir.sites import Site, Tap
 from peftc.lang.expr import names_in
 from peftc.lang.lower import Lowering
@@ -252,6 +252,7 @@ class _Inserter:
         self._lets(lowering, self.delta.form.let)
         keys, values = lowering.tensor(attend.keys), lowering.tensor(attend.values)
         site = self.edit.site
+        self._check_widths(keys, values, attend.keys)
         for name, part, node in (("keys", attend.keys, keys), ("values", attend.values, values)):
             shape = tuple(node.meta["val"].shape)
             if len(shape) not in (3, 4) or shape[-2] not in (site.dims["kv_heads"], site.dims["heads"]):
@@ -263,6 +264,21 @@ class _Inserter:
                     help=f"it must be [l, kv_heads={site.dims['kv_heads']}, head_dim={site.dims['head_dim']}]",
                 )
         return lowering, keys, values
+
+    def _check_widths(self, keys: fx.Node, values: fx.Node, part: Expr) -> None:
+        """Latent attention has keys wider than its values: such a prefix has rows that fit one of them only."""
+        region, site = self.edit.site.region, self.edit.site
+        assert region is not None
+        wanted = [shape_of(region.operands()[0])[-1], site.dims["head_dim"]]
+        found = [shape_of(node)[-1] for node in (keys, values)]
+        if found != wanted and wanted[0] != wanted[1]:
+            fail(
+                "E013",
+                f"{site.describe()} has keys of width {wanted[0]} and values of width {wanted[1]}; form "
+                f"`{self.delta.form.name}` makes rows of {found[0]} and {found[1]}",
+                span=part.span,
+                help="leave this attention out, or write a form with rows of these widths",
+            )
 
     def _concat(self, region: Region) -> Insertion:
         start = latest(self.program.graph, [region.entry, *self.program.bindings])

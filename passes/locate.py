@@ -12,6 +12,7 @@ from peftc.ir.sites import Linear, Site, as_linear
 from peftc.locate.attention import find_attention
 from peftc.locate.blocks import assign_blocks, model_site
 from peftc.locate.ffn import find_ffn
+from peftc.locate.mixture import find_mixtures
 from peftc.locate.plain import find_plain
 from peftc.locate.walk import skip_back
 
@@ -34,7 +35,8 @@ class Locate:
                 linears[node] = linear
         attention = find_attention(program, linears)
         taken = {linear.node for site in attention for linear in site.linears.values()}
-        composed = [*attention, *find_ffn(program, linears, taken)]
+        ffns = find_ffn(program, linears, taken)
+        composed = [*attention, *ffns, *find_mixtures(program, linears, ffns)]
         plain = find_plain(program, linears)
         _assign_roles(program, composed, plain)
         order = {node: index for index, node in enumerate(program.graph.nodes)}

@@ -6,6 +6,7 @@
 - an op that writes into a value of the graph (`add_`) becomes the one that makes a new value, where nothing else
   shares the memory;
 - integers that `histc` counts become floats, which it counts on the CPU too;
+- a value made empty and then filled piece by piece becomes the `cat` of its pieces;
 - what nothing uses any more is removed.
 
 The graph computes the same values before and after.
@@ -44,6 +45,9 @@ class Normalize:
                 _count_as_float(program, node)
             elif node.op == "call_function":
                 _in_place_to_new(node)
+        for node in list(graph.nodes):
+            if is_call(node, aten.new_empty.default, aten.empty.memory_format):
+                _pieces_to_cat(program, node)
         graph.eliminate_dead_code()
 
 
@@ -86,6 +90,45 @@ def _count_as_float(program: Program, node: fx.Node) -> None:
     node.replace_input_with(counted, floats)
     with program.fake_mode:
         node.meta["val"] = node.meta["val"].to(torch.float32)
+
+
+def _pieces_to_cat(program: Program, empty: fx.Node) -> None:
+    """`e = empty(..); e[.., :a] = x; e[.., a:] = y` to `cat([x, y])`, where the pieces are all of e."""
+    slices = [user for user in empty.users if is_call(user, aten.slice.Tensor)]
+    writes = [user for part in slices for user in part.users if is_call(user, aten.copy_.default)]
+    if (
+        not slices
+        or len(writes) != len(slices)
+        or any(len(part.users) != 1 or writes[i].users for i, part in enumerate(slices))
+    ):
+        return
+    axes = {part.args[1] if len(part.args) > 1 else 0 for part in slices}
+    sources = [write.args[1] for write in writes]
+    shapes_agree = all(
+        isinstance(s, fx.Node) and shape_of(s) == shape_of(p) for s, p in zip(sources, slices, strict=True)
+    )
+    if len(axes) != 1 or not shapes_agree or any(reader < writes[-1] for reader in empty.users if reader not in slices):
+        return
+    (axis,) = axes
+    if not isinstance(axis, int) or not _covers(slices, shape_of(empty)[axis]):
+        return
+    builder = Builder(program, writes[-1], label="", like=empty)
+    joined = builder.call(aten.cat.default, sources, axis)
+    joined.meta.pop("custom")
+    empty.replace_all_uses_with(joined, delete_user_cb=lambda user: user not in slices)
+    for dead in (*writes, *slices, empty):
+        program.graph.erase_node(dead)
+
+
+def _covers(slices: list[fx.Node], size: object) -> bool:
+    """Whether the slices follow one another from 0 to the end."""
+    end: object = 0
+    for part in slices:
+        start, stop = (*part.args[2:4], None, None)[:2]
+        if start != end or len(part.args) > 4:
+            return False
+        end = stop
+    return isinstance(end, int) and isinstance(size, int) and end >= size
 
 
 def _in_place_to_new(node: fx.Node) -> None:

@@ -208,7 +208,7 @@ def widened_config(
     padding: dict[str, Padding] = {}
     if not ranks:
         return config, padding
-    ffns = {site.linears["down"].weight_name: site for site in program.sites if site.kind == "ffn"}
+    ffns = {site.linears["down"].weight_name: site for site in program.sites if site.kind == "ffn" and site.linears}
     left = dict(ranks)
     for attribute in _width_attributes(config, {int(ffns[down].dims["d_ff"]) for down in ranks}):
         affected = _affected(skeleton, attribute, ffns)

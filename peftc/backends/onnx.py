@@ -100,12 +100,21 @@ def emit(
             input_names=list(specs),
             output_names=list(outputs),
             verbose=False,
+            custom_translation_table=_translations(),
         )
     assert written is not None
     path = directory / MODEL
     onnx_ir.save(written.model, path, external_data=WEIGHTS)
     onnx.checker.check_model(str(path), full_check=False)
     return OnnxFiles(path, tuple(specs), outputs, opset, len(list(written.model.graph)))
+
+
+def _translations() -> dict[Any, Any]:
+    """How ops of transformers' own are written in ONNX: products of rows with the weights of their experts."""
+    from transformers.exporters import exporter_onnx
+
+    table: dict[Any, Any] = getattr(exporter_onnx, "_ONNX_TRANSLATION_TABLE", {})
+    return {op: function for op, function in table.items() if "grouped_mm" in str(op)}
 
 
 def output_names(program: Program) -> tuple[str, ...]:

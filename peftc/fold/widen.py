@@ -62,6 +62,8 @@ def find_widening(reach: Reach, insertion: Insertion) -> tuple[Widening | None, 
     program, site, x = reach.program, insertion.site, reach.input_of(insertion)
     if site.kind != "ffn" or insertion.tap != "out" or x is None:
         return None, ""
+    if "mid" not in site.taps:
+        return None, f"{site.path} is a mixture of experts: {site.missing['mid']}"
     if x is not program.current(site.taps["x"].node):
         return None, "its input is not that of the FFN"
     cut = _cut(reach, insertion, x)

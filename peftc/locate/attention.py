@@ -177,7 +177,7 @@ def _site(region: Region, linears: dict[fx.Node, Linear]) -> Site | None:
     q_linear, k_linear, v_linear = (source for source in sources if source is not None)
     heads, head_dim = region.head_count, int(shape_of(region.heads_out)[-1])
     key_dim = int(shape_of(query)[-1])
-    taps = {"x": Tap("x", q_linear.x), "ctx": Tap("ctx", v_linear.x), "heads": Tap("heads", region.heads_out)}
+    taps = {"x": Tap("x", q_linear.x), "ctx": _context(v_linear.x), "heads": Tap("heads", region.heads_out)}
     missing: dict[str, str] = {}
     streams = {"q": (query, q_linear), "k": (key, k_linear), "v": (value, v_linear)}
     for name, (stream, linear) in streams.items():
@@ -202,6 +202,12 @@ def _site(region: Region, linears: dict[fx.Node, Linear]) -> Site | None:
     return Site(
         "attention", path, taps, dims, variant=variant, causal=causal, linears=roles, region=region, missing=missing
     )
+
+
+def _context(node: fx.Node) -> Tap:
+    """The input of keys and values; latent attention holds it as one head [B, 1, S, d]."""
+    shape = shape_of(node)
+    return Tap("ctx", node, "bhsd" if len(shape) == 4 and shape[1] == 1 else "flat")
 
 
 def _streams(region: Region) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -245,7 +251,7 @@ def _separation(linear: fx.Node, stream: fx.Node, others: list[fx.Node]) -> fx.N
     own = _between(linear, stream)
     shared: set[fx.Node] = set().union(*(_between(linear, other) for other in others))
     first = [n for n in own if n not in shared and any(p in shared for p in inputs_of(n) if p in own)]
-    return first[0] if len(first) == 1 else None
+    return first[0] if len(first) == 1 and is_tensor(first[0]) else None
 
 
 def _between(source: fx.Node, sink: fx.Node) -> set[fx.Node]:
@@ -258,7 +264,7 @@ def _layout(node: fx.Node, head_dim: int) -> Layout | None:
     shape = shape_of(node)
     if len(shape) <= 3:
         return "flat"
-    if len(shape) != 4 or shape[-1] != head_dim:
+    if len(shape) != 4 or shape[-1] > head_dim:  # latent attention: a part of each key comes from elsewhere
         return None
     return "bshd" if isinstance(shape[2], int) else "bhsd" if isinstance(shape[1], int) else None
 
@@ -280,6 +286,8 @@ def _chain(node: fx.Node) -> set[fx.Node]:
     """The node and what it comes from through linears, norms, views, down to the first sum of two streams."""
     chain = {node}
     for _ in range(64):
+        if is_getitem(node):
+            node = operand(operand(node, 0), 0)
         tensors = [n for n in inputs_of(node) if n.op != "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
         known = is_call(node, *VIEWS, *DROPOUT, *NORMS, *CONVS, aten.linear.default, aten.slice.Tensor, aten.mul.Tensor)
         rms = is_call(node, *POINTWISE, aten.mean.dim, aten.rsqrt.default) and len(tensors) == 1

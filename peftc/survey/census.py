@@ -26,6 +26,7 @@ LINEAR_ATTENTION = re.compile(
 )
 """Attentions without a softmax over keys, or with sampled or hashed keys."""
 FFN = re.compile(
+    r"SparseMoe\w*$|M[oO]EBlock$|MoeBlock$|M[oO]E$|Moe$|"
     r"MLP$|Mlp$|FeedForward|FFN$|Intermediate$|FeedForwardNetwork|DenseActDense|DenseGatedActDense|PositionWise"
 )
 EXPERTS = re.compile(r"Experts$")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -146,5 +147,5 @@ def _try_rules(subject: Subject, record: Record, *, onnx: bool, show: Callable[[
 
 
 def _first_line(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 RULES: Mapping[str, Mapping[str, object]] = {
-    "mam": {"l": 3, "r": 4, "s": 2.0},
+    "mam": {"l": 3, "r": 8, "s": 2.0},
     "lora": {"r": 2},
-    "houlsby": {"r": 4},
+    "houlsby": {"r": 8},
 }
 """The rules that are tried, with small sizes: one over attention and FFN, one on weights, one on outputs."""
 

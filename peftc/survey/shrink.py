@@ -69,6 +69,7 @@ DERIVED = ("out_features", "out_indices", "stage_names", "_out_features", "_out_
 """Fields that a config makes from others."""
 
 REPAIRS: dict[str, dict[str, Any]] = {
+    "esm": {"pad_token_id": 1, "mask_token_id": 4},  # of a tokenizer, which the default config does not know
     "funnel": {"block_sizes": [2, 2]},  # its depth is a list whose name says sizes
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},  # layer types in a form of its own
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},  # both must multiply up to other fields
@@ -109,6 +110,10 @@ def _shrunk(name: str, value: Any, raw: Mapping[str, Any], layers: list[int], de
         return shrink(value, kept) if is_config else value
     if name == "vocab_size" and value is None:  # that of a tokenizer, which the default config does not know
         return VOCABULARY
+    if name == "head_dim" and value is None and "hidden_size" not in kept:  # some classes take no quotient instead
+        return WIDTH // HEADS if raw.get("num_attention_heads") else None
+    if name == "num_key_value_heads" and value == raw.get("num_attention_heads"):
+        return min(value, HEADS)  # one for each query head stays so: latent attention knows no groups
     if isinstance(value, bool) or value is None or isinstance(value, (str, float)):
         return value
     if isinstance(value, (list, tuple)):

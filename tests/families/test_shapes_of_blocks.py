@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from peftc.certify import random_batches
+from peftc.diagnostics import PeftcError
 from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.copying import copied
 from peftc.ir.program import Program
@@ -28,6 +29,15 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
             intermediate_size=16, num_local_experts=4, num_experts_per_tok=2, vocab_size=50, sliding_window=4,
             layer_types=["sliding_attention", "full_attention"], attn_implementation="eager", pad_token_id=0,
+        ),
+    ),
+    "deepseek_v3": (  # latent attention: keys wider than values; a mixture beside a shared expert
+        transformers.DeepseekV3ForCausalLM,
+        transformers.DeepseekV3Config(
+            num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=64,
+            moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+            v_head_dim=8, vocab_size=50, pad_token_id=0,
         ),
     ),
     "openai-gpt": (  # scores are multiplied by the mask
@@ -93,3 +103,68 @@ def test_an_ffn_with_a_convolution_by_channel_is_one_site() -> None:
 def test_layers_that_are_dropped_at_random_are_all_in_the_graph() -> None:
     assert len(of_kind("unispeech", "attention")) == len(of_kind("unispeech", "ffn")) == 2
     assert CONFIGS["unispeech"][1].layerdrop == 0.5
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_the_graph_of_a_mixture_answers_as_the_model_does(name: str) -> None:
+    """Its counts are floats here, and keys that are filled piece by piece are one `cat`."""
+    program, state, inputs = located(name)
+    cls, config = CONFIGS[name]
+    model = cls(config).eval()
+    model.load_state_dict({n: v for n, v in state.items() if n in model.state_dict()}, strict=True)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    seen = inputs["attention_mask"].bool()
+    assert (answer(program, state, inputs) - expected)[seen].abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_a_mixture_of_experts_is_an_ffn_without_taps_inside() -> None:
+    sites = of_kind("gpt_oss", "ffn")
+    assert [site.path for site in sites] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert all(set(site.taps) == {"x", "out", "residual"} for site in sites)
+    assert all(set(site.missing) == {"gate", "up", "mid"} for site in sites)
+    assert sites[0].dims["d_ff"] == 16 and sites[0].dims["gated"]
+
+
+def test_an_adapter_beside_a_mixture_reads_its_input_and_changes_its_sum() -> None:
+    base, state, inputs = located("gpt_oss")
+    program = copied(base)
+    plan = rewrite(program, load_rule("pa_ffn", {"r": 4}))
+    generator = torch.Generator().manual_seed(3)
+    filled = {n: torch.randn(p.shape, generator=generator) for n, p in sorted(plan.parameters.items())}
+    cls, config = CONFIGS["gpt_oss"]
+    model = cls(config).eval()
+    model.load_state_dict({n: v for n, v in state.items() if n in model.state_dict()}, strict=True)
+    for path in ("model.layers.0.mlp", "model.layers.1.mlp"):
+        own = {n.rpartition(".")[2]: v for n, v in filled.items() if n.startswith(f"{path}.peftc.")}
+        model.get_submodule(path).register_forward_hook(beside(own))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    seen = inputs["attention_mask"].bool()
+    found = answer(program, {**state, **filled}, inputs)
+    assert (found - expected)[seen].abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def beside(weights: dict[str, Tensor]) -> Any:
+    """A hook that adds a ReLU bottleneck of the module's input to its first output."""
+
+    def hook(_: Any, args: tuple[Tensor, ...], output: tuple[Tensor, ...] | Tensor) -> Any:
+        hidden = torch.relu(torch.nn.functional.linear(args[0], weights["W_down"], weights["b_down"]))
+        delta = torch.nn.functional.linear(hidden, weights["W_up"], weights["b_up"])
+        return output + delta if isinstance(output, Tensor) else (output[0] + delta, *output[1:])
+
+    return hook
+
+
+def test_latent_attention_has_its_taps_and_one_ffn_a_layer() -> None:
+    for site in of_kind("deepseek_v3", "attention"):
+        assert site.variant == "self" and site.causal
+        assert {"q", "k", "v", "ctx", "out"} <= set(site.taps)
+    assert len(of_kind("deepseek_v3", "ffn")) == 2
+
+
+def test_a_prefix_of_one_width_is_refused_where_keys_are_wider_than_values() -> None:
+    with pytest.raises(PeftcError) as caught:
+        rewrite(copied(located("deepseek_v3")[0]), load_rule("prefix", {"l": 3}))
+    (told,) = caught.value.diagnostics
+    assert told.code == "E013" and "keys of width 16 and values of width 8" in told.message
