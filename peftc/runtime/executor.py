@@ -29,6 +29,7 @@ class Executor:
     E041 when the graph cannot be cut at their calls.
     """
 
+    @torch.compiler.disable
     def __init__(
         self, program: Program, *, training: bool, device: torch.device, units: Mapping[str, str] | None = None
     ) -> None:
@@ -71,14 +72,19 @@ class Executor:
 
     def in_parts(self, state: State, inputs: Mapping[str, torch.Tensor], modules: Modules) -> tuple[Any, ...]:
         """As `flat`, each unit's part run by calling the module that `modules` gives for its path."""
-        if self.parts is None:
-            return self.flat(state, inputs)
+        return self.flat(state, inputs) if self.parts is None else self._by_parts(self.parts, state, inputs, modules)
+
+    @torch.compiler.disable
+    def _by_parts(
+        self, parts: Parts, state: State, inputs: Mapping[str, torch.Tensor], modules: Modules
+    ) -> tuple[Any, ...]:
+        """Not compiled: torch.compile would have to follow hooks and checkpoints of every module."""
         values = [
             inputs[name] if kind == "input" else self._constants.get(name)
             for kind, name in self._bindings
             if kind in ("constant", "input")
         ]
-        found = dict(zip(self.parts.gives, self.parts(state, values, modules), strict=True))
+        found = dict(zip(parts.gives, parts(state, values, modules), strict=True))
         return tuple(found[result.name] if isinstance(result, fx.Node) else result for result in self._results)
 
     def __call__(self, state: State, inputs: Mapping[str, torch.Tensor], modules: Modules) -> Any:

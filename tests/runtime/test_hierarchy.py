@@ -85,6 +85,18 @@ def test_evaluation_and_no_grad_need_no_parts(model_dir: Load) -> None:
     assert not called(model)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_checkpoints_as_one_that_is_not(model_dir: Load) -> None:
+    model = moved(peftc.apply("lora", model_dir("llama"), dtype=torch.float64))
+    wanted = step(model, **batch())
+    model.activation_checkpointing_enable()
+    compiled_model: Any = torch.compile(model, backend="aot_eager")
+    outputs, gradients = step(compiled_model, **batch())
+    names = {name.removeprefix("_orig_mod."): value for name, value in gradients.items()}
+    assert_equal((outputs, names), wanted)
+    assert called(model)
+
+
 class Counted:
     """Counts the bytes that a step keeps for its backward pass: saved tensors, and what checkpoints keep."""
 
