@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftc.gaps import gaps
 from peftc.lang.rule import in_words
 from peftc.layered import describe_layers, per_layer
 from peftc.overlaps import overlaps
@@ -105,6 +106,7 @@ class PlanReport:
             "rule": self.plan.rule.name,
             "hyper": self.plan.rule.values,
             "per_layer": per_layer(self.plan),
+            "gaps": [gap.to_json() for gap in gaps(self.plan)],
             "overlaps": [overlap.to_json() for overlap in overlaps(self.plan)],
             **counts_json(self.plan),
             "parameters": {p.name: list(p.shape) for p in self.plan.parameters.values()},
@@ -119,6 +121,8 @@ class PlanReport:
         for name, values in per_layer(self.plan).items():
             console.print(f"{name} = {describe_layers(values)}")
         render_deltas(console, self.plan)
+        for gap in gaps(self.plan):
+            console.print(f"note: {gap.describe()}")
         for overlap in overlaps(self.plan):
             console.print(f"overlap: {overlap.describe()}")
         render_folds(console, self.decisions)
@@ -132,10 +136,17 @@ class ApplyReport:
     plan: Plan
 
     def to_json(self) -> dict[str, Any]:
-        return {"out": str(self.out), "rule": self.plan.rule.name, **counts_json(self.plan)}
+        return {
+            "out": str(self.out),
+            "rule": self.plan.rule.name,
+            **counts_json(self.plan),
+            "gaps": [gap.to_json() for gap in gaps(self.plan)],
+        }
 
     def render(self, console: Console) -> None:
         render_deltas(console, self.plan)
+        for gap in gaps(self.plan):
+            console.print(f"note: {gap.describe()}")
         console.print(f"wrote [bold]{self.out}[/bold]; train it, then: peftc merge {self.out} --export onnx")
 
 

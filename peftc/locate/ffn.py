@@ -69,13 +69,20 @@ def _site(program: Program, down: Linear, linears: dict[fx.Node, Linear], taken:
 
 
 def _admitted(program: Program, node: fx.Node) -> bool:
-    if node.op == "placeholder":  # a per-channel scale or the sub-norm's weight
-        return program.parameter_name(node) is not None
+    if node.op == "placeholder":  # a per-channel scale, the sub-norm's weight, a number of the activation
+        return program.bindings[node].kind != "input"
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return True  # sizes for views, and the tuple of a split
     if is_call(node, *CONVS):
         return _is_depthwise(node)
-    return is_call(node, *VIEWS, *PIECES, *DROPOUT, *NONLINEAR, *POINTWISE, *NORMS) or is_getitem(node)
+    return is_call(node, *VIEWS, *PIECES, *DROPOUT, *NONLINEAR, *POINTWISE, *NORMS, *_BRANCHES) or is_getitem(node)
+
+
+_BRANCHES = (
+    aten.where.self, aten.where.ScalarOther, aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar,
+    aten.min.other, aten.max.other, aten.maximum.default, aten.expm1.default, aten.log1p.default,
+)  # fmt: skip
+"""What an activation is made of that is one thing above zero and another below, such as xIELU."""
 
 
 def _is_depthwise(conv: fx.Node) -> bool:
