@@ -150,10 +150,14 @@ def _functional(target: object) -> torch._ops.OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
+_FRESH = (aten.topk.default, aten.sort.default, aten.max.dim, aten.min.dim)
+"""Ops of several results, each in memory of its own."""
+
+
 def _shares_memory(written: fx.Node, writer: fx.Node) -> bool:
     """Whether the value is, or may be, a view of one that is read elsewhere, or a view of it is read later."""
     root = written
-    while is_call(root, *VIEWS, *PIECES) or is_getitem(root):
+    while is_call(root, *VIEWS, *PIECES) or (is_getitem(root) and not is_call(root.args[0], *_FRESH)):
         (root,) = root.all_input_nodes[:1]
         if len(root.users) > 1:
             return True
