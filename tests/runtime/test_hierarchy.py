@@ -86,6 +86,7 @@ def test_evaluation_and_no_grad_need_no_parts(model_dir: Load) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # those of torch.compile itself, about what it skips
 def test_a_compiled_model_checkpoints_as_one_that_is_not(model_dir: Load) -> None:
     model = moved(peftc.apply("lora", model_dir("llama"), dtype=torch.float64))
     wanted = step(model, **batch())
