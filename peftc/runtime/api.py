@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from peftc.frontend.trace import Skeleton
     from peftc.lang.rule import Rule
+    from peftc.store.fingerprint import Fingerprint
 
 __all__ = ["PeftcError", "apply", "load"]
 
@@ -140,16 +141,20 @@ def base_reference(base: ModelDir, head: str | None, num_labels: int | None, see
 
 def check_fingerprint(delta: DeltaDir, base: ModelDir) -> None:
     """Refuse a base other than the one the delta was made on. Raises `PeftcError` E035."""
+    refuse_other_base(delta, base.fingerprint_parts(), base.path)
+
+
+def refuse_other_base(delta: DeltaDir, base: Fingerprint, path: str | Path) -> None:
+    """Refuse a base, whose fingerprint this is, other than the one the delta was made on. Raises `PeftcError` E035."""
     from peftc.store.fingerprint import Fingerprint
 
     parts = delta.manifest["base"]["parts"]
     if not isinstance(parts.get("config"), str):
         fail("E034", f"{delta.path} does not say which base it was made on", help="apply the rule again")
-    recorded = Fingerprint.from_json(parts)
-    differences = recorded.differences(base.fingerprint_parts())
+    differences = Fingerprint.from_json(parts).differences(base)
     if differences:
         fail(
             "E035",
-            f"{base.path} is not the base that {delta.path} was made on: they differ in {' and '.join(differences)}",
+            f"{path} is not the base that {delta.path} was made on: they differ in {' and '.join(differences)}",
             help="give the right base with --base, or apply the rule to this one",
         )

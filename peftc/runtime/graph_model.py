@@ -30,6 +30,8 @@ from peftc.runtime.generation import Generates, refuse_cache
 from peftc.runtime.hierarchy import called
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
+from peftc.runtime.stateful import HoldsStates
+from peftc.runtime.states import first_state
 from peftc.runtime.submodels import adopt
 from peftc.runtime.units import gathered_dtype, mark_layers, paths_of, units_of
 
@@ -73,7 +75,7 @@ class Surgery:
         return replace(self, executors={}, **own)
 
 
-class GraphModel(Generates):
+class GraphModel(HoldsStates, Generates):
     """Mixed in before the model's own class; see the module docstring."""
 
     _surgery: Surgery
@@ -148,6 +150,7 @@ class GraphModel(Generates):
         return self.executor_of(program).in_parts(state_of(model), tensors, model.get_submodule)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the graph, whose deltas are the active state's."""
         model: Any = self
         call = read_call(self._surgery.base_class.forward, model.config, args, kwargs)
         if call.cached or call.encoded is not None:
@@ -163,21 +166,24 @@ class GraphModel(Generates):
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        state: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the delta directory: rule, deltas and trained base tensors, never the base weights.
+        """Write the delta directory of the active state, or of `state`: rule, deltas and trained base tensors, never
+        the base weights.
 
         `state_dict` gives the values in place of the model's own, as in transformers' method; its other arguments
         are accepted and have no meaning here. Files that are there and not peftc's stay. A sharded model (FSDP2) is
-        gathered: call this on every process, with `is_main_process` on one. Raises `PeftcError` E036, E040, E041.
+        gathered: call this on every process, with `is_main_process` on one. Raises `PeftcError` E036, E040, E041, E047.
         """
         from peftc.runtime.save import save_model, values_to_save
 
         if push_to_hub:
             fail("E041", "peftc uploads nothing", help="upload the saved directory with `hf upload`")
-        values = values_to_save(self, state_dict)
-        if is_main_process:
-            save_model(self, Path(save_directory), values)
+        with self.saved_state(state):
+            values = values_to_save(self, state_dict)
+            if is_main_process:
+                save_model(self, Path(save_directory), values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A model with parameters of its own; traces, which hold none, are shared."""
@@ -233,7 +239,7 @@ def _kinds(model: Any, plan: Plan) -> tuple[torch.dtype, ...]:
 def _subclass(base: type[PreTrainedModel]) -> type[Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run(args, kwargs)
+        return self._answer(args, kwargs)
 
     return type("Peftc" + base.__name__, (GraphModel, base), {"forward": forward, "__module__": __name__})
 
@@ -250,9 +256,7 @@ def attach(model: PreTrainedModel, surgery: Surgery, values: Mapping[str, torch.
         model.get_parameter(name).requires_grad_(True)
     model.__class__ = _subclass(surgery.base_class)
     model._surgery = surgery  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    # The Trainer, which resumes from what was saved, then misses no frozen tensor.
-    saved = {*surgery.plan.parameters, *surgery.plan.trained}
-    model._keys_to_ignore_on_save = set(model.state_dict()) - saved
+    model._states = first_state(model, surgery)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     adopt(model)
     return model
 

@@ -59,7 +59,8 @@ def adopt(root: Any) -> None:
 def _calling(own: type[PreTrainedModel]) -> type[Any]:
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _run(self.__dict__["_peftc_place"], args, kwargs)
+        place = self.__dict__["_peftc_place"]
+        return own.forward(self, *args, **kwargs) if place.root.active is None else _run(place, args, kwargs)
 
     return type("Peftc" + own.__name__, (own,), {"forward": forward, "__module__": __name__})
 

@@ -1,0 +1,105 @@
+"""`HoldsStates`: what a `GraphModel` does with several states; see `peftc.runtime.states`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peftc.diagnostics import fail
+from peftc.runtime.states import States
+
+
+class HoldsStates:
+    """Mixed into `GraphModel`: add, choose and leave out states."""
+
+    _states: States
+    _surgery: Any
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the model's states; the first one is called "default"."""
+        return tuple(self._states.by_name)
+
+    @property
+    def active(self) -> str | None:
+        """The name of the state that answers and trains; None inside `disable()`."""
+        return None if self._states.bare else self._states.active.name
+
+    def add(self, name: str, directory: str | Path) -> None:
+        """Add the deltas of a directory as a state called `name`, made on the same base; the active one stays active.
+
+        Raises `PeftcError`: E034, E035, E040 as `peftc.load` does; E047, a name that is taken or cannot be used, or
+        deltas for another head.
+        """
+        from peftc.runtime.adding import add_state
+
+        add_state(self, name, directory)
+
+    def remove(self, name: str) -> None:
+        """Forget a state and its tensors. Raises `PeftcError` E047 for the active one."""
+        states = self._states
+        state = states.get(name)
+        if state is states.active:
+            fail("E047", f"`{name}` is the active state", help="make another one active, then remove it")
+        states.forget(state)
+
+    def set_active(self, name: str) -> None:
+        """Let the model answer and train with this state, and no other one train.
+
+        Which of its parameters require a gradient is as it was when it was last active; at first, as its rule says.
+        Nothing is copied and nothing traced. Raises `PeftcError` E047.
+        """
+        states = self._states
+        state = states.get(name)
+        if states.bare:
+            fail("E047", f"`{name}` cannot be made active inside disable()", help="leave the block first")
+        before = states.active
+        if state is not before:
+            states.train(state, before)
+            states.seat(state)
+            self._surgery = state.surgery
+
+    @contextlib.contextmanager
+    def disable(self) -> Iterator[None]:
+        """Inside, the model is its base: the base's own code runs, on the base's own tensors, in `generate` too."""
+        if not self._states.whole:
+            from peftc.runtime.adding import keep_base
+
+            keep_base(self, self._states)
+        with self._states.shown(self, None):
+            yield
+
+    @contextlib.contextmanager
+    def saved_state(self, name: str | None) -> Iterator[None]:
+        """Inside, `name` (None: the active state) stands where a save reads. Raises `PeftcError` E047."""
+        states = self._states
+        state = states.active if name is None else states.get(name)
+        with states.shown(self, state):
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`; see `peftc.runtime.generation` for what a graph does of it."""
+        base: Any = self._surgery.base_class if self._states.bare else super()
+        return base.generate(self, *args, **kwargs) if self._states.bare else base.generate(*args, **kwargs)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder, with the deltas of the active state, or inside `disable()` the base's."""
+        if self._states.bare:
+            return self._surgery.base_class.get_encoder(self, *args, **kwargs)
+        base: Any = super()
+        return base.get_encoder(*args, **kwargs)
+
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model."""
+        if self._states.bare:
+            return self._surgery.base_class.forward(self, *args, **kwargs)
+        model: Any = self
+        return model._run(args, kwargs)
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """What a save leaves out; the Trainer, which resumes from what was saved, then misses no frozen tensor."""
+        plan, model = self._surgery.plan, self
+        return set(model.state_dict()) - {*plan.parameters, *plan.trained}  # pyright: ignore[reportAttributeAccessIssue]
