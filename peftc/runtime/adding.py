@@ -66,7 +66,8 @@ def keep_base(model: Any, states: States) -> None:
     _open(model, states, states.active.trained)
     lost = [name for name, slot in states.slots.items() if not slot.holds(BASE)]
     if lost:
-        for name, value in base_tensors(model, model.surgery, lost).items():
+        first = next(iter(states.by_name.values()))  # a new head starts from the seed of the state that made the model
+        for name, value in base_tensors(model, first.surgery, lost).items():
             states.slots[name].keep(BASE, _parameter(value, states.slots[name].tensor))
     states.whole = True
 

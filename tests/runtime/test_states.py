@@ -119,9 +119,9 @@ def test_names_that_cannot_be_are_refused(held: Any, saved: dict[str, Path], nam
 
 
 def test_states_that_are_not_there_or_in_use_are_refused(held: Any) -> None:
-    with pytest.raises(PeftcError, match="E047 .*no state `dee`"):
+    with pytest.raises(PeftcError, match=r"E047 .*no state `dee`"):
         held.set_active("dee")
-    with pytest.raises(PeftcError, match="E047 .*is the active state"):
+    with pytest.raises(PeftcError, match=r"E047 .*is the active state"):
         held.remove("default")
     with held.disable(), pytest.raises(PeftcError, match=r"E047 .*inside disable"):
         held.set_active("de")
