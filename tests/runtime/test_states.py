@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,11 @@ def test_deltas_of_another_base_or_head_are_refused(held: Any, model_dir: Load, 
     peftc.apply("lora", model_dir("bert-base"), **other).save_pretrained(tmp_path / "five")
     with pytest.raises(PeftcError, match=r"E047 .*with 5 labels"):
         held.add("five", tmp_path / "five")
+
+
+def test_a_copy_switches_for_itself(held: Any, saved: dict[str, Path]) -> None:
+    copied = copy.deepcopy(held)
+    copied.set_active("de")
+    assert held.active == "default"
+    assert torch.equal(logits(copied), logits(peftc.load(saved["de"])))
+    assert torch.equal(logits(held), logits(peftc.load(saved["en"])))
