@@ -35,7 +35,10 @@ def test_a_model_whose_state_is_no_keys_and_values_generates_without_a_cache(tmp
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=1)
     MambaForCausalLM(config).save_pretrained(tmp_path)
-    model = peftc.apply("lora_linear", tmp_path, set={"r": 4})
+    rule = tmp_path / "rule.yaml"
+    row = "{at: linear, modify: out, insert: parallel, form: low_rank, compose: h + dh}"
+    rule.write_text(f"peftc: 1\nname: linears\nhyper: {{r: 4, alpha: 8}}\ndeltas:\n  lora: {row}\n")
+    model = peftc.apply(rule, tmp_path)
     ids = prompts(1)["input_ids"]
     with pytest.warns(UserWarning, match=r"generating without a cache: an adapted MambaForCausalLM keeps no cache"):
         found = model.generate(ids, **OPTIONS)
