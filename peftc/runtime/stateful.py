@@ -49,7 +49,8 @@ class HoldsStates:
         """Let the model answer and train with this state, and no other one train.
 
         Which of its parameters require a gradient is as it was when it was last active; at first, as its rule says.
-        Nothing is copied and nothing traced. Raises `PeftcError` E047.
+        Nothing is copied and nothing traced. Run `backward` before a switch: parameters that do not train any more get
+        no gradient. Raises `PeftcError` E047.
         """
         states = self._states
         state = states.get(name)
