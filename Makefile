@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all library bench reference lint format clean
+.PHONY: help install demo test test-all survey library bench reference lint format clean
 
 help:
 	@echo "make demo      adapt, train, fold and export a real pretrained model (all-MiniLM-L6-v2)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make library   measure every rule anew, for the table of peftc rules"
 	@echo "make bench     the measurements"
+	@echo "make survey    every model type of transformers, for hours"
 	@echo "make reference rules/REFERENCE.md and the tables in rules/README.md, from peftc's own tables"
 	@echo "make lint      ruff and pyright"
 	@echo "make clean     remove .venv and everything built"
@@ -47,16 +48,20 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not bench"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not bench and not survey"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "not bench"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not bench and not survey"
 
 library: $(STAMP)
 	$(BIN)/python tests/measure.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q -m bench -s
+
+# Every model type of transformers: hours on two cores. `python tests/survey.py` writes the table of peftc families.
+survey: $(STAMP)
+	$(BIN)/python -m pytest -q -m survey -s
 
 # pyright knows nothing of setuptools' package-dir, so passes/ and rules/ are linked to where they install.
 reference: $(STAMP)
