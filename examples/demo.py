@@ -26,16 +26,17 @@ from peftc.progress import terminal_progress
 OUT = Path("demo-out")
 RULE = Path(__file__).with_name("mam_classifier.yaml")
 HEAD: dict[str, Any] = {"head": "sequence-classification", "num_labels": 2}
-STEPS = 60
+STEPS, BATCHES = 60, 6
 
 
 def train(model: Any, tokenizer: Any, rows: list[Example], batch: int = 16) -> tuple[float, float]:
-    """A plain torch loop; returns the mean loss of its first and of its last five steps."""
+    """A plain torch loop over the same few batches; returns the mean loss of its first and of its last five steps."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     model.train()
     for step in range(STEPS):
-        chosen = rows[step * batch : (step + 1) * batch]
+        start = step % BATCHES * batch
+        chosen = rows[start : start + batch]
         encoded = tokenizer([row.text for row in chosen], padding=True, return_tensors="pt")
         loss = model(**encoded, labels=torch.tensor([row.label for row in chosen])).loss
         loss.backward()
@@ -64,9 +65,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = peftc.apply(RULE, base, **HEAD)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows, _ = examples(train=STEPS * 16, test=100)
+    rows, _ = examples(train=BATCHES * 16, test=100)
     first, last = train(model, tokenizer, rows)
-    console.print(f"loss {first:.3f} -> {last:.3f}")
+    console.print(f"loss {first:.3f} -> {last:.3f} on {len(rows)} sentences")
     model.save_pretrained(OUT / "delta")
 
     console.rule("[bold]peftc merge --export onnx[/bold]")
