@@ -15,7 +15,7 @@ The graph computes the same values before and after.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -102,7 +102,7 @@ def _pieces_to_cat(program: Program, empty: fx.Node) -> None:
         or any(len(part.users) != 1 or writes[i].users for i, part in enumerate(slices))
     ):
         return
-    axes = {part.args[1] if len(part.args) > 1 else 0 for part in slices}
+    axes: set[Any] = {part.args[1] if len(part.args) > 1 else 0 for part in slices}  # pyright: ignore[reportUnhashable]
     sources = [write.args[1] for write in writes]
     shapes_agree = all(
         isinstance(s, fx.Node) and shape_of(s) == shape_of(p) for s, p in zip(sources, slices, strict=True)

@@ -64,6 +64,7 @@ class _Search:
     """Plans by value; None for a value that is refused."""
 
     def best(self) -> Plan:
+        assert not isinstance(self.hyper.value, tuple)  # a list has no budget: `--set` and the reader refuse one
         low = int(self.hyper.value or 1)
         base = self.plan(self._with(low))
         self.plans[low] = base

@@ -79,6 +79,8 @@ def main() -> None:
     model.save_pretrained(Path(options.out, "delta"), is_main_process=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         print("losses", *[f"{entry['loss']:.4f}" for entry in trainer.state.log_history if "loss" in entry])
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # closes the process group: a process that leaves it open may abort at its end
 
 
 if __name__ == "__main__":

@@ -74,10 +74,11 @@ def cache_layout(skeleton: Skeleton, inputs: Mapping[str, InputSpec]) -> CacheLa
     """
     cache = _filled_cache(skeleton, {name: sample(spec) for name, spec in inputs.items()})
     if isinstance(cache, EncoderDecoderCache):
-        return CacheLayout(_layers(skeleton, cache.self_attention_cache), cross=True)
+        own: Any = cache.self_attention_cache
+        return CacheLayout(_layers(skeleton, own), cross=True)
     if not isinstance(cache, Cache):
         _refuse(skeleton, "it returns none" if cache is None else f"it keeps a {type(cache).__name__}")
-    return CacheLayout(_layers(skeleton, cache))
+    return CacheLayout(_layers(skeleton, cache))  # pyright: ignore[reportArgumentType]
 
 
 def _filled_cache(skeleton: Skeleton, tensors: dict[str, torch.Tensor]) -> Any:
@@ -109,7 +110,7 @@ def _layers(skeleton: Skeleton, cache: Cache) -> tuple[LayerLayout | None, ...]:
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, SlidingLayer, DummyLayer):
             _refuse(skeleton, f"a layer of it is a {type(layer).__name__}, which holds more than keys and values")
-        keys, values = layer.keys, layer.values
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
             found.append(None)
             continue
@@ -130,6 +131,9 @@ def _refuse(skeleton: Skeleton, reason: str) -> Any:
 
 class _Full(DynamicLayer):
     """A layer of the traced cache. `hidden` tokens came before the rows that it holds."""
+
+    keys: Any
+    values: Any
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, seen: Any) -> None:
         super().__init__()
@@ -158,6 +162,9 @@ class _Sliding(_Full):
 class _Cross(DynamicLayer):
     """Cross attention's layer: it keeps what it is given, and is empty before."""
 
+    keys: Any
+    values: Any
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +190,7 @@ def traced_cache(layout: CacheLayout, past: Mapping[str, torch.Tensor]) -> Any:
     if not layout.cross:
         return cache
     crossed = DynamicCache()
-    crossed.layers = [_Cross() for _ in layers]
+    crossed.layers = [_Cross() for _ in layers]  # pyright: ignore[reportAttributeAccessIssue]
     both = EncoderDecoderCache(cache, crossed)
     both.is_updated = dict.fromkeys(range(len(layers)), False)
     return both
@@ -192,6 +199,8 @@ def traced_cache(layout: CacheLayout, past: Mapping[str, torch.Tensor]) -> Any:
 def kept(cache: Any) -> tuple[tuple[torch.Tensor | None, ...], ...]:
     """What the traced cache holds after the call, layer by layer: keys, values, and those of cross attention."""
     if isinstance(cache, EncoderDecoderCache):
-        pairs = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
-        return tuple((one.keys, one.values, other.keys, other.values) for one, other in pairs)
+        own: Any = cache.self_attention_cache
+        other: Any = cache.cross_attention_cache
+        pairs = zip(own.layers, other.layers, strict=True)
+        return tuple((one.keys, one.values, cross.keys, cross.values) for one, cross in pairs)
     return tuple((layer.keys, layer.values) for layer in cache.layers)

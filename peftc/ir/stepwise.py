@@ -84,8 +84,8 @@ def _named_axes(node: fx.Node) -> list[int]:
     for argument in schema.arguments:
         if argument.name in ("dim", "dims"):
             value = given.get(argument.name, argument.default_value)
-            every = list(range(_rank(node))) if value is None else value
-            found += list(every) if isinstance(every, (list, tuple)) else [every]  # pyright: ignore[reportArgumentType]
+            every: Any = list(range(_rank(node))) if value is None else value
+            found += list(every) if isinstance(every, (list, tuple)) else [every]
     if not found and _name(node) in ("sum", "mean", "prod", "amax", "amin", "max", "min", "norm"):
         return list(range(_rank(node)))
     return found

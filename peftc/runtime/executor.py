@@ -29,10 +29,14 @@ class Executor:
     E041 when the graph cannot be cut at their calls.
     """
 
-    @torch.compiler.disable
     def __init__(
         self, program: Program, *, training: bool, device: torch.device, units: Mapping[str, str] | None = None
     ) -> None:
+        build: Any = self._build  # the decorator hides the signature
+        build(program, training, device, units or {})
+
+    @torch.compiler.disable
+    def _build(self, program: Program, training: Any, device: torch.device, units: Mapping[str, str]) -> None:
         graph = fx.Graph()
         result = graph.graph_copy(program.graph, mapping := {})
         graph.output(result)
@@ -72,7 +76,8 @@ class Executor:
 
     def in_parts(self, state: State, inputs: Mapping[str, torch.Tensor], modules: Modules) -> tuple[Any, ...]:
         """As `flat`, each unit's part run by calling the module that `modules` gives for its path."""
-        return self.flat(state, inputs) if self.parts is None else self._by_parts(self.parts, state, inputs, modules)
+        run: Any = self._by_parts
+        return self.flat(state, inputs) if self.parts is None else run(self.parts, state, inputs, modules)
 
     @torch.compiler.disable
     def _by_parts(

@@ -15,7 +15,7 @@ from peftc.frontend.trace import InputSpec, default_inputs, forward_arguments
 from peftc.runtime.signature import read_call
 
 if TYPE_CHECKING:
-    from peftc.runtime.graph_model import GraphModel
+    pass
 
 
 class Generates:
@@ -84,7 +84,7 @@ def uncached(model: Any) -> str | None:
     return surgery.uncached[key]
 
 
-def trace_for_generation(model: GraphModel | Any) -> None:
+def trace_for_generation(model: Any) -> None:
     """Trace the model as `generate` calls it. Raises `PeftcError` E038, E041 where that cannot be."""
     from peftc.runtime.cached import cached_specs, layout_of
 

@@ -74,7 +74,7 @@ class Slot:
 
     def box(self, state: str) -> nn.Module:
         """The module that keeps the parameter of one state while another's stands in the slot."""
-        module = self.places[0][0]
+        module: Any = self.places[0][0]
         for part in (_TRAINED, state):
             if part not in module._modules:
                 module.add_module(part, nn.Module())

@@ -112,7 +112,7 @@ def _shrunk(name: str, value: Any, raw: Mapping[str, Any], layers: list[int], de
         return VOCABULARY
     if name == "head_dim" and value is None and "hidden_size" not in kept:  # some classes take no quotient instead
         return WIDTH // HEADS if raw.get("num_attention_heads") else None
-    if name == "num_key_value_heads" and value == raw.get("num_attention_heads"):
+    if name == "num_key_value_heads" and value is not None and value == raw.get("num_attention_heads"):
         return min(value, HEADS)  # one for each query head stays so: latent attention knows no groups
     if isinstance(value, bool) or value is None or isinstance(value, (str, float)):
         return value

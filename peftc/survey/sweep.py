@@ -11,6 +11,7 @@ import os
 import resource
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 from peftc.survey.record import Record
 
@@ -37,9 +38,7 @@ def sweep(families: Iterable[str], *, seconds: int = 90, numbers: bool = True, o
         yield _collect(receiver, process, Record(family), seconds)
 
 
-def _collect(
-    receiver: Connection, process: multiprocessing.process.BaseProcess, record: Record, seconds: int
-) -> Record:
+def _collect(receiver: Connection, process: BaseProcess, record: Record, seconds: int) -> Record:
     """The last record that the process sent; it is killed when the time is up."""
     import time
 

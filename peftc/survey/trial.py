@@ -109,7 +109,7 @@ class Trial:
             session = onnxruntime.InferenceSession(Path(folder) / MODEL, options, providers=["CPUExecutionProvider"])
             for inputs, answer in zip(self.batches, expected, strict=True):
                 names = {entry.name for entry in session.get_inputs()}
-                found = session.run(None, {n: v.numpy() for n, v in inputs.items() if n in names})
+                found: list[Any] = list(session.run(None, {n: v.numpy() for n, v in inputs.items() if n in names}))
                 tensors = [torch.from_numpy(v) for v in found if v.dtype.kind == "f"]
                 _compare(tensors, answer, "onnxruntime answers otherwise")
 

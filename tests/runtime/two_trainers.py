@@ -33,6 +33,8 @@ def run(base: Path, out: Path, processes: int, settings: dict[str, Any]) -> list
     losses = [entry["loss"] for entry in runner.state.log_history if "loss" in entry]
     if runner.is_world_process_zero():
         (out / "losses.json").write_text(json.dumps(losses))
+    runner.accelerator.wait_for_everyone()
+    runner.accelerator.end_training()  # a process that leaves the group open may abort when it ends
     return losses
 
 
