@@ -31,7 +31,7 @@ from peftc.lang.rule import Delta, Expr, Hyper
 from peftc.lang.shapes.named import Named, named
 from peftc.plan import Edit, Plan, input_tap
 from peftc.refer import Source
-from peftc.rewriting import rewrite_site
+from peftc.rewriting import carry_site, rewrite_site
 
 aten = torch.ops.aten
 
@@ -45,7 +45,9 @@ class Insert:
 
     def apply(self, program: Program) -> None:
         for edit in self.plan.edits:
-            if edit.delta.sets:
+            if edit.delta.value is not None:
+                program.carried.append(carry_site(program, edit))
+            elif edit.delta.sets:
                 program.ledger.extend(rewrite_site(program, edit))
             else:
                 program.ledger.append(_Inserter(program, edit, self.plan.rule.hyper).insert())
@@ -66,6 +68,7 @@ class _Inserter:
             for name, parameter in edit.parameters.items()
         }
         self.compose = self._bare_word(edit.delta.compose.tree)
+        self.held = edit.held(program)
 
     @staticmethod
     def _bare_word(tree: ast.expr) -> str:
@@ -106,11 +109,12 @@ class _Inserter:
 
     def _refuse_late(self, start: fx.Node, operands: list[fx.Node]) -> None:
         """h' must be there before anything reads it."""
-        readers = [self.tap.user] if self.tap.user is not None else [*self.tap.current(self.program).users]
+        users = [self.tap.user] if self.tap.user is not None else [*self.tap.current(self.program).users]
+        readers = [user for user in users if user not in self.held]
         if make_room(readers, start, operands):
             return
         for source in self.edit.sources.values():
-            if not make_room(readers, source.tap.current(self.program), ()):
+            if not make_room(readers, source.current(self.program), ()):
                 refuse_source(self.delta, source, self.edit.tap, self.edit.site)
         self._refuse(f"it reads a value that is computed from `{self.edit.tap}`")
 
@@ -164,10 +168,9 @@ class _Inserter:
         elsewhere = source != skip and self.delta.insert != "sequential"
         if source is not None and elsewhere and "x" in self._names():
             wanted["x"] = site.taps[source]
-        wanted.update({name: source.tap for name, source in self.edit.sources.items()})
         dtype = self._dtype()
         tensors: dict[str, fx.Node | None] = {}
-        for name, tap in wanted.items():
+        for name, tap in {**wanted, **self.edit.sources}.items():
             value = tap.read(self.program, builder)
             tensors[name] = value if dtype is None else builder.cast(value, dtype)
         return tensors
@@ -182,7 +185,7 @@ class _Inserter:
         source = input_tap(self.delta, site, self.edit.tap)
         if source is not None:
             nodes.append(site.taps[source].current(self.program))
-        return [*nodes, *(source.tap.current(self.program) for source in self.edit.sources.values())]
+        return [*nodes, *(source.current(self.program) for source in self.edit.sources.values())]
 
     def _expression(self) -> Insertion:
         builder = self._builder(self._start(self._operand_nodes()))
@@ -226,7 +229,7 @@ class _Inserter:
                 help=f"dh is {self._shown(dh, self.delta.form.dh)}; it must broadcast to h",
             )
         original = self.tap.current(self.program)
-        written = self.tap.write(self.program, builder, after)
+        written = self.tap.write(self.program, builder, after, self.held)
         return self._entry(builder, how, before, after, x, dh, original, written)
 
     def _entry(
@@ -243,7 +246,9 @@ class _Inserter:
         edit = self.edit
         names = tuple(p.name for p in edit.parameters.values() if p is not None)
         nodes = tuple(builder.nodes)
-        return Insertion(edit.label, edit.site, edit.tap, how, before, after, x, dh, original, written, nodes, names)
+        return Insertion(
+            edit.label, edit.site, edit.tap, how, before, after, x, dh, original, written, nodes, names, held=self.held
+        )
 
     def _prefix(self, builder: Builder) -> tuple[Lowering, fx.Node, fx.Node]:
         attend = self.delta.form.attend
@@ -283,7 +288,7 @@ class _Inserter:
     def _concat(self, region: Region) -> Insertion:
         start = latest(self.program.graph, [region.entry, *self.program.bindings])
         for source in self.edit.sources.values():
-            if start < source.tap.current(self.program):
+            if start < source.current(self.program):
                 refuse_source(self.delta, source, "heads", self.edit.site)
         builder = self._builder(start)
         _, keys, values = self._prefix(builder)

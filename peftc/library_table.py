@@ -67,11 +67,12 @@ def measured() -> dict[str, Measured]:
 
 def dimensions(rule: Rule) -> dict[str, str]:
     """What is modified, the insertion, the form and the composition, those of several rows one after the other."""
+    deltas = [d for d in rule.deltas if d.value is None]
     rows = {
-        "modify": [f"{', '.join(d.at)}.{', '.join(d.modify)}" for d in rule.deltas],
-        "insert": ["from" if d.sources else d.insert for d in rule.deltas],
-        "form": [d.form.name or "(inline)" for d in rule.deltas],
-        "compose": [d.compose.text for d in rule.deltas],
+        "modify": [f"{', '.join(d.at)}.{', '.join(d.modify)}" for d in deltas],
+        "insert": ["from" if d.sources else d.insert for d in deltas],
+        "form": [d.form.name or "(inline)" for d in deltas],
+        "compose": [d.compose.text for d in deltas],
     }
     if rule.train and not rule.deltas:
         rows["modify"] = [f"train {glob.pattern}" for glob in rule.train]

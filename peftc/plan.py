@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from peftc.arrange import arranged
 from peftc.budget import Spent, solve
 from peftc.diagnostics import Collector, did_you_mean, fail
 from peftc.dtypes import Dtypes
@@ -30,6 +31,7 @@ from peftc.select import condition_env, nearest_miss, selected
 
 if TYPE_CHECKING:
     import torch
+    from torch import fx
 
 _LARGEST = 2**30
 """Delta elements allowed whatever the base's size; beyond it a delta may be four times the base."""
@@ -37,7 +39,8 @@ _LARGEST = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One delta at one tap of one site, or one entry of `rewrite` at one site, whose first tap is then `tap`.
+    """One delta at one tap of one site, or one entry of `rewrite` at one site, whose first tap is then `tap`; or one
+    entry of `carry`, which changes no tap: `tap` is then the one whose sizes and dtype its parameters have.
 
     `statics` are the sizes and numbers its expressions see.
     """
@@ -58,9 +61,16 @@ class Edit:
 
     @property
     def written(self) -> list[tuple[str, Tap]]:
-        """The taps that it changes: one, or those of an entry of `rewrite` that the site has."""
+        """The taps that it changes: one, or those of an entry of `rewrite` that the site has; none for `carry`."""
+        if self.delta.value is not None:
+            return []
         series = {**{name: (tap,) for name, tap in self.site.taps.items()}, **self.site.series}
         return [(name, tap) for name in self.delta.sets or (self.tap,) for tap in series.get(name, ())]
+
+    def held(self, program: Program) -> frozenset[fx.Node]:
+        """Nodes of the carried values that it reads: they keep what they see of the taps that it changes."""
+        held: frozenset[fx.Node] = frozenset()
+        return held.union(*(source.held(program) for source in self.sources.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +146,7 @@ def make_plan(
 
     The rule of the plan has a value where the one given has a budget.
 
-    Raises `PeftcError`: E004, E008, E009, E014, E020 to E026, E052, E053.
+    Raises `PeftcError`: E004, E008, E009, E014, E020 to E026, E051 to E053.
     """
     own = find(program, rule.patterns.values())
     if rule.budgeted is not None:
@@ -153,6 +163,7 @@ def _planned(
     collector = Collector()
     edits: list[Edit] = []
     located = (*program.sites, *own.sites)
+    carried = {delta.name: selected(delta, rule, located) for delta in rule.deltas if delta.value is not None}
     for delta in rule.deltas:
         sites = selected(delta, rule, located)
         if not sites:
@@ -166,7 +177,8 @@ def _planned(
                 span=delta.span_at("expect"),
                 help="`peftc sites` shows what the model has",
             )
-        edits.extend(_edits(rule, program, delta, sites, kinds, collector, located))
+        edits.extend(_edits(rule, program, delta, sites, kinds, collector, located, carried))
+    edits = arranged(edits)
     named = (name for name in base if name in fresh or _is_trained(rule, name))
     trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
     check_layers(rule, program.sites, collector)
@@ -207,19 +219,25 @@ def _edits(
     kinds: Dtypes,
     collector: Collector,
     every: Sequence[Site],
+    carried: Mapping[str, Sequence[Site]],
 ) -> Iterable[Edit]:
     ranks = ranks_of(sites)
     for tap in (tap for tap in delta.modify if tap not in delta.optional):
         _report_missing(delta, tap, [site for site in sites if tap not in site.taps], collector)
     for site in sites:
-        sources = referred(delta, site, condition_env(site, rule), every)
-        taps = [tap for tap in delta.modify if tap in site.taps]
+        sources = referred(delta, site, condition_env(site, rule), every, carried)
+        taps = [tap for tap in delta.modify if tap in site.taps] if delta.value is None else [_main_tap(site)]
         for tap in taps[:1] if delta.sets else taps:  # an entry of `rewrite` is one edit of all its taps
             statics = site_statics(rule, delta, site, tap, sources)
             edit = Edit(delta, site, tap, statics, sources=sources)
             for param in (*delta.form.params, *delta.params):
                 edit.parameters[param.name] = parameter_of(program, edit, param, sites, ranks, kinds)
             yield edit
+
+
+def _main_tap(site: Site) -> str:
+    """The tap that stands for a site at which nothing is changed."""
+    return next((name for name in ("out", "embeddings") if name in site.taps), next(iter(site.taps)))
 
 
 def _report_missing(delta: Delta, tap: str, sites: list[Site], collector: Collector) -> None:

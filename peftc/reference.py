@@ -199,7 +199,7 @@ def methods() -> str:
     """The rules of the library, a row each."""
     rows = []
     for name, rule in library_rules().items():
-        changes = dict.fromkeys(f"{', '.join(d.at)}: {', '.join(d.modify)}" for d in rule.deltas)
+        changes = dict.fromkeys(f"{', '.join(d.at)}: {', '.join(d.modify)}" for d in rule.deltas if d.modify)
         changes |= dict.fromkeys(f"{glob.pattern}" for glob in rule.train)
         results = dict.fromkeys(result for case in rule.tests for result in case.fold.values())
         starts = {case.identity for case in rule.tests} - {None}

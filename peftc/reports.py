@@ -169,10 +169,10 @@ def render_deltas(console: Console, plan: Plan) -> None:
         own = {p.name: p.numel for e in plan.edits if e.delta is delta for p in e.parameters.values() if p is not None}
         sites = plan.sites_of(delta.name)
         modified = [tap for tap in delta.modify if not sites or any(tap in site.taps for site in sites)]
-        place = f"{', '.join(delta.at)}.{', '.join(modified)}"
+        place = ".".join(part for part in (", ".join(delta.at), ", ".join(modified)) if part)
         table.add_row(
             delta.name,
-            "(rewrite)" if delta.sets else delta.form.name or "(inline)",
+            "(carried)" if delta.value else "(rewrite)" if delta.sets else delta.form.name or "(inline)",
             place,
             str(len(plan.sites_of(delta.name))),
             f"{sum(own.values()):,}",

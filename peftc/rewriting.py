@@ -17,13 +17,14 @@ from peftc.diagnostics import fail
 from peftc.dtypes import widest
 from peftc.ir.builder import Builder, latest
 from peftc.ir.order import make_room
-from peftc.ir.program import Insertion, Program, shape_of
+from peftc.ir.program import Carried, Insertion, Program, shape_of
 from peftc.ir.sites import Tap
 from peftc.lang.expr import name_nodes, names_in
 from peftc.lang.lower import Lowering
 from peftc.lang.rule import Expr
 from peftc.lang.sites import SITES
 from peftc.plan import Edit, input_tap
+from peftc.refer import Source
 
 aten = torch.ops.aten
 
@@ -31,6 +32,11 @@ aten = torch.ops.aten
 def rewrite_site(program: Program, edit: Edit) -> list[Insertion]:
     """Write one entry at one site; the ledger entries, one for each tap. Raises `PeftcError` E004, E009, E013, E024."""
     return _Rewriter(program, edit).rewrite()
+
+
+def carry_site(program: Program, edit: Edit) -> Carried:
+    """Write the value of one entry of `carry` at one site. Raises `PeftcError` E004, E009, E013."""
+    return _Carrier(program, edit).carry()
 
 
 class _Rewriter:
@@ -42,6 +48,7 @@ class _Rewriter:
             name: None if parameter is None else program.add_parameter(parameter)
             for name, parameter in edit.parameters.items()
         }
+        self.held = edit.held(program)
         self.first = next(reversed(program.bindings))
         stack = self.site.taps["out"].node if "out" in self.site.taps else self.first
         self.builder = Builder(program, self.first, label=edit.label, like=stack)
@@ -82,6 +89,7 @@ class _Rewriter:
         for name, index, tap in written:
             self.raw[name, index] = self._value(tap)
         exprs = [*self.delta.sets.values(), *self.delta.let.values()]
+        exprs += [self.delta.value] if self.delta.value is not None else []
         named = {name: expr for expr in exprs for name in names_in(expr)}
         for name in sorted(named.keys() & {*SITES.get(self.site.kind, ()), *self.site.taps} - self.env.keys()):
             if name in self.site.taps:
@@ -90,9 +98,9 @@ class _Rewriter:
             elif name not in self.delta.optional:
                 self._refuse_absent(name, named[name])
         for name, source in self.edit.sources.items():
-            self.inputs[name] = self._cast(self._value(source.tap))
+            self.inputs[name] = self._cast(self._value(source))
 
-    def _value(self, tap: Tap) -> fx.Node:
+    def _value(self, tap: Tap | Source) -> fx.Node:
         self._move([tap.current(self.program)])
         return tap.read(self.program, self.builder)
 
@@ -130,7 +138,7 @@ class _Rewriter:
         self._refuse_late(name, tap, after, expr)
         original = tap.current(self.program)
         longer = shape_of(after) != shape_of(before)
-        written = tap.write(self.program, self.builder, after)
+        written = tap.write(self.program, self.builder, after, self.held)
         self.resized = expr if longer else self.resized
         return self._entry(name, before, after, original, written, read)
 
@@ -159,8 +167,9 @@ class _Rewriter:
         group = self.edit if len(self.delta.sets) > 1 else None
         label = f"{self.edit.label}.{name}" if len(self.delta.sets) > 1 else self.edit.label
         return Insertion(
-            label, self.site, name, "rewrite", before, after, x, None, original, written, nodes, parameters, group
-        )
+            label, self.site, name, "rewrite", before, after, x, None, original, written, nodes, parameters, group,
+            self.held,
+        )  # fmt: skip
 
     def _stream(self, name: str, read: set[str]) -> fx.Node | None:
         """The one value beside the tap itself that the expression reads, where there is one: x for a fold."""
@@ -180,7 +189,7 @@ class _Rewriter:
             fail("E013", f"{message}, its new value {_sizes(new)}", span=expr.span, help="the shapes must be the same")
 
     def _refuse_late(self, name: str, tap: Tap, after: fx.Node, expr: Expr) -> None:
-        own = set(self.builder.nodes)
+        own = {*self.builder.nodes, *self.held}
         readers = [tap.user] if tap.user is not None else [*tap.current(self.program).users]
         readers = [reader for reader in readers if reader not in own]
         if make_room(readers, after, ()):
@@ -207,6 +216,24 @@ class _Rewriter:
             message = f"`set` of `{self.delta.name}`: the model takes no sequence of this length: {reason}"
             help = "make it shorter with --set; `max_position_embeddings` in config.json is a usual bound"
             fail("E024", message, span=expr.span, help=help)
+
+
+class _Carrier(_Rewriter):
+    """Writes one entry of `carry` at one site."""
+
+    def carry(self) -> Carried:
+        value = self.delta.value
+        assert value is not None
+        self._read([])
+        needed = self._needed(value)
+        read = {name for part in (value, *(self.delta.let[let] for let in needed)) for name in names_in(part)}
+        self._move([self.inputs[name] for name in sorted(read & self.inputs.keys())])
+        lowering = Lowering(self.builder, {**self.env, **self.inputs}, self.site.describe())
+        for let in needed:
+            lowering.env[let] = lowering.lower(self.delta.let[let])
+        node = self.builder.call(aten.alias.default, lowering.tensor(value))  # a node of its own: see `Tap.write`
+        own = tuple(self.builder.nodes)
+        return Carried(self.delta.name, self.site, node, own, self.held.union(own))
 
 
 def _place(expr: Expr, names: list[str]) -> Any:

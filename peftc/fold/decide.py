@@ -214,6 +214,9 @@ def _obstacle(reach: Reach, decision: Decision, of: Callable[[Insertion], Decisi
     if decision.widening is None:
         return _first_staying([*past, *_on_weights(ledger, decision.into)], of)
     inner = set(decision.widening.inner)
+    read = next((c for c in reach.program.carried if any(n in inner for o in c.own for n in o.all_input_nodes)), None)
+    if read is not None:
+        return f"the carried value `{read.name}` reads the FFN's hidden units", read.node
     inside = [e for e in ledger if any(operand in inner for node in e.nodes for operand in node.all_input_nodes)]
     weights = [e for linear in insertion.site.linears.values() for e in _on_weights(ledger, linear)]
     return _first_staying([*past, *inside, *weights], of)
@@ -256,7 +259,7 @@ def _adds(entry: Insertion) -> bool:
         return False
     if _uncast(after.args[0]) is not entry.before:
         return False
-    own, queue = set(entry.nodes), [after.args[1]]
+    own, queue = {*entry.nodes, *entry.held}, [after.args[1]]  # a carried value may read h too
     while queue:
         node = queue.pop()
         if node is entry.before or node is entry.original:

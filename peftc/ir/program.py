@@ -90,11 +90,27 @@ class Insertion:
     parameters: tuple[str, ...]
     group: object = None
     """What the entries of one `rewrite` at one site have in common; they may own nodes together."""
+    held: frozenset[fx.Node] = frozenset()
+    """Nodes of the carried values that it reads: they see h as it was, where they see it at all."""
 
     @property
     def reads(self) -> set[fx.Node]:
         """What its nodes read."""
         return {operand for node in self.nodes for operand in node.all_input_nodes}
+
+
+@dataclass(slots=True)
+class Carried:
+    """What an entry of `carry` computes at one site; it stands in the graph, and replaces nothing.
+
+    `nodes` are those of the value and of the carried values that it is computed from, `own` its own alone.
+    """
+
+    name: str
+    site: Site
+    node: fx.Node
+    own: tuple[fx.Node, ...]
+    nodes: frozenset[fx.Node]
 
 
 @dataclass(slots=True)
@@ -117,6 +133,8 @@ class Program:
     """A tap's node to the node that now carries its value."""
     replaced_at: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     """The same for a value replaced for one user only: (node, user) to the new operand."""
+    carried: list[Carried] = field(default_factory=list)
+    """Values that deltas read from layer to layer."""
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram) -> Program:
@@ -164,6 +182,16 @@ class Program:
         while node in self.replaced:
             node = self.replaced[node]
         return node
+
+    def carried_at(self, name: str, site: Site) -> Carried:
+        """The value that an entry of `carry` has at a site; it is written before whatever reads it."""
+        return next(carried for carried in self.carried if carried.name == name and carried.site is site)
+
+    @property
+    def inserted(self) -> set[fx.Node]:
+        """Every node that deltas brought."""
+        entries = {node for entry in self.ledger for node in entry.nodes}
+        return entries.union(*(carried.own for carried in self.carried))
 
     def parameter_name(self, node: fx.Node) -> str | None:
         """The state-dict name behind a placeholder, or None when it is not a parameter."""

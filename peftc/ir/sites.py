@@ -8,6 +8,7 @@ head_dim] for `heads`, [d_out, d_in] for weights) and `write` puts a new value i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -54,8 +55,10 @@ class Tap:
             return builder.call(aten.flatten.using_ints, node, -2, -1)
         return node
 
-    def write(self, program: Program, builder: Builder, value: fx.Node) -> fx.Node:
-        """Make every user of the tap read `value` (canonical layout); returns the node that replaced the tap's.
+    def write(
+        self, program: Program, builder: Builder, value: fx.Node, held: Collection[fx.Node] = frozenset()
+    ) -> fx.Node:
+        """Make every user of the tap but `held` read `value` (canonical layout); the node that replaced the tap's.
 
         `value` must be a node of its own: one that carries another tap too would be changed with it from then on.
         """
@@ -67,7 +70,7 @@ class Tap:
             value = builder.call(aten.unflatten.int, value, -1, [heads, width])
             if self.layout == "bhsd":
                 value = builder.call(aten.transpose.int, value, 1, 2)
-        own = set(builder.nodes)
+        own = {*builder.nodes, *held}
         if self.user is not None:
             self.user.replace_input_with(old, value)
             program.replaced_at[self.node, self.user] = value

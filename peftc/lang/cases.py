@@ -15,7 +15,7 @@ found by `peftc.rule_tests`. No torch is imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Span, did_you_mean
@@ -39,11 +39,13 @@ class CaseReader:
     hyper: Node | None
     values: Mapping[str, Hyper]
     rows: tuple[str, ...]
-    """The names under `deltas` and `rewrite`."""
+    """The names under `carry`, `deltas` and `rewrite`."""
     row_reader: RowReader
     collector: Collector
     written: Node | None = None
     """`tests:` with what is wrong in it, which is no reason to say that a test expects nothing."""
+    carried: Collection[str] = ()
+    """The names under `carry`, which do not fold."""
 
     def cases(self, node: Node | None) -> tuple[Case, ...]:
         """Every case of `tests:`, in source order; E061, E062 and what else is wrong goes to the collector."""
@@ -164,22 +166,23 @@ class CaseReader:
         """`sites` and `fold`: a value for every row, or a mapping of rows to values."""
         found: list[dict[str, Scalar]] = []
         given = node.get(key)
+        rows = self.rows if key == "sites" else tuple(row for row in self.rows if row not in self.carried)
         for position, item in enumerate(self._each(node, key, count)):
             if isinstance(item, MappingNode):
                 if position == 0 or isinstance(given, SequenceNode):
-                    self._known_rows(item)
+                    self._known_rows(item, rows)
                 found.append({row: value(inner) for row, (_, inner) in item.entries.items()})
             else:
-                if item is not None and not self.rows and position == 0:
+                if item is not None and not rows and position == 0:
                     message = f"`{key}` of a rule without rows"
                     self.collector.error("E062", message, span=node.key(key).span, help="say `trained`, for one")
-                found.append(dict.fromkeys(self.rows, value(item)) if item is not None else {})
+                found.append(dict.fromkeys(rows, value(item)) if item is not None else {})
         return found
 
-    def _known_rows(self, node: MappingNode) -> None:
+    def _known_rows(self, node: MappingNode, rows: Collection[str]) -> None:
         for name, (key, _) in node.entries.items():
-            if name not in self.rows:
-                help = did_you_mean(name, self.rows)
+            if name not in rows:
+                help = "what `carry` computes does not fold" if name in self.carried else did_you_mean(name, rows)
                 self.collector.error("E061", f"the rule has no row `{shown(name)}`", span=key.span, help=help)
         if not node.entries:
             self.collector.error("E062", "an empty mapping expects nothing", span=node.span, help="name a row")

@@ -15,7 +15,7 @@ from peftc.lang.source import MAX_BYTES, MAX_EVENTS
 from peftc.lang.tree import MappingNode, Node, ScalarNode, resolve_plain
 
 WIDTH = 110
-_BLOCK = frozenset({"hyper", "deltas", "rewrite", "forms", "patterns", "tests"})
+_BLOCK = frozenset({"hyper", "carry", "deltas", "rewrite", "forms", "patterns", "tests"})
 """Keys at the top whose entries stand on lines of their own."""
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _PHRASE = re.compile(r"[A-Za-z_(][A-Za-z0-9_.+*/() -]*[A-Za-z0-9_)]|[A-Za-z_]")

@@ -46,6 +46,8 @@ def check_gradients(delta: Delta, words: Mapping[str, Scalar]) -> list[Diagnosti
 def _expressions(delta: Delta) -> list[tuple[str, Expr]]:
     """Every expression in the order of the graph, each with the name of its value; the last is "", the new h."""
     form, found = delta.form, list(delta.form.let.items())
+    if delta.value is not None:
+        return [*delta.let.items(), ("", delta.value)]
     if form.dh is not None:
         found.append(("dh", form.dh))
     if form.attend is not None:

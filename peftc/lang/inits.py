@@ -153,7 +153,9 @@ def places_of(delta: Delta, hypers: Mapping[str, Hyper], collector: Collector) -
 
 
 def _check_place(delta: Delta, param: Param, name: str, span: Span | None, collector: Collector) -> None:
-    if name == "h":
+    if delta.value is not None:
+        help, reason = "start at a draw or at a number", "a carried value stands at no weight"
+    elif name == "h":
         wrong = [tap for tap in delta.modify if tap not in ("weight", "bias")]
         help = "`h` is known at the start where `modify` is weight or bias; elsewhere read `weight`"
         reason = f"`{wrong[0]}` depends on the model's input" if wrong else ""

@@ -16,7 +16,8 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean, fail
-from peftc.lang import amounts, emit, forms, hypers, inherit
+from peftc.lang import amounts, carries, emit, forms, hypers, inherit
+from peftc.lang.carries import CarryReader
 from peftc.lang.cases import CaseReader, place_of_tests
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
@@ -103,8 +104,10 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
     names = frozenset(declared.entries) if isinstance(declared, MappingNode) else frozenset[str]()
     kinds = kinds_of(tree.get("patterns"), collector)
     own = local_forms(tree.get("forms"), collector)
-    rows = RowReader(file, values, names, collector, kinds, written, own)
-    deltas = _rows(tree, rows, RewriteReader(file, values, names, collector, kinds, written))
+    carried = frozenset(_named(tree, "carry"))
+    rows = RowReader(file, values, names, collector, kinds, written, own, carried=carried)
+    other = CarryReader(file, values, names, collector, kinds, written, carried=carried)
+    deltas = (*_carried(tree, other, rows.sound), *_rows(tree, rows, other))
     _check_sizes(deltas, values, collector)
     _check_shapes([delta for delta in deltas if delta.name in rows.sound], values, collector)
     train = tuple(Glob(item.text, item.span) for item in words(tree.get("train")))
@@ -112,7 +115,8 @@ def parse_rule(text: str, file: str, sets: Mapping[str, object] | None = None) -
         help = "`deltas` adds parameters to the model, `train` names parameters it has"
         span = forms.first_token(tree)
         collector.error("E010", "the rule has neither `deltas` nor `rewrite` nor `train`", span=span, help=help)
-    cases = CaseReader(tree.get("hyper"), values, tuple(written), rows, collector, tests).cases(tree.get("tests"))
+    case_reader = CaseReader(tree.get("hyper"), values, tuple(written), rows, collector, tests, carried)
+    cases = case_reader.cases(tree.get("tests"))
     collector.raise_if_errors()
     self_contained = written_in(tree, [delta.form.name for delta in deltas], kinds.used)
     return Rule(
@@ -156,6 +160,20 @@ def _rows(tree: MappingNode, reader: RowReader, rewriter: RewriteReader) -> tupl
     return tuple(found)
 
 
+def _carried(tree: MappingNode, reader: CarryReader, sound: set[str]) -> tuple[Delta, ...]:
+    """The entries of `carry`, in the order of the file; `sound` takes the names of those without a mistake."""
+    entries, found = _named(tree, "carry"), list[Delta]()
+    carries.check_names(entries, reader, (*_named(tree, "deltas"), *_named(tree, "rewrite")))
+    for key, node in entries.values():
+        before = len(reader.collector.errors)
+        delta = reader.carry(key, node) if isinstance(node, MappingNode) else None
+        found += [delta] if delta is not None else []
+        if len(reader.collector.errors) == before:
+            sound.add(key.text)
+    carries.check_cycles(found, reader.collector)
+    return tuple(found)
+
+
 def _row(key: ScalarNode, node: Node, reader: RowReader) -> list[Delta]:
     before = len(reader.collector.errors)
     delta = reader.row(key, node) if isinstance(node, MappingNode) else None
@@ -178,9 +196,9 @@ def _named(tree: MappingNode, key: str) -> dict[str, tuple[ScalarNode, Node]]:
 
 
 def _written_params(tree: MappingNode) -> dict[str, frozenset[str]]:
-    """The names under `params:` of each row and each entry of `rewrite`."""
+    """The names under `params:` of each row and each entry of `carry` and `rewrite`."""
     found: dict[str, frozenset[str]] = {}
-    for key in ("deltas", "rewrite"):
+    for key in ("carry", "deltas", "rewrite"):
         for name, (_, row) in _named(tree, key).items():
             params = row.get("params") if isinstance(row, MappingNode) else None
             found[name] = frozenset(params.entries) if isinstance(params, MappingNode) else frozenset()

@@ -24,12 +24,17 @@ _ROW: Merged = {"where": {}, "with": {}, "params": {"*": {}}, "let": {}, "from":
 _FORM: Merged = {"args": {}, "params": {"*": {}}, "let": {}}
 _RULE: Merged = {
     "hyper": {"*": {"layers": {}}},
+    "carry": {"*": _ROW},
     "deltas": {"*": _ROW},
     "rewrite": {"*": _ROW},
     "forms": {"*": _FORM},
     "patterns": {"*": {}},
 }
-_ROWS: dict[tuple[str, ...], tuple[str, ...]] = {("deltas",): ("at", "modify", "form"), ("rewrite",): ("at", "set")}
+_ROWS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("deltas",): ("at", "modify", "form"),
+    ("rewrite",): ("at", "set"),
+    ("carry",): ("at", "value"),
+}
 """Where rows stand, with the keys that a row of its own has."""
 NOT_INHERITED = frozenset({"peftc", "extends", "include", "tests"})
 _EITHER = {"default": "budget", "budget": "default"}

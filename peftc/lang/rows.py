@@ -45,6 +45,8 @@ class RowReader:
     """The rule's own forms; None for one whose own mistakes are told."""
     sound: set[str] = field(default_factory=set)
     """Names of the rows that were read without a mistake."""
+    carried: frozenset[str] = frozenset()
+    """The names of the entries of `carry`."""
 
     def row(self, key: ScalarNode, node: MappingNode) -> Delta | None:
         """The delta of one row; None after an error that leaves no delta."""
@@ -120,7 +122,14 @@ class RowReader:
         if isinstance(node.get("from"), ScalarNode) and "insert" in node.entries:
             message, help = "`from` says what x is, and so does `insert`", "take one of them out"
             self.collector.error("E024", message, span=node.key("insert").span, help=help)
-        return read_sources(node.get("from"), self.declared, self.collector, self.kinds)
+        found = read_sources(node.get("from"), self.declared, self.collector, self.kinds, self.carried)
+        single = found.get("x") if isinstance(node.get("from"), ScalarNode) else None
+        value = next((choice for choice in single.choices if not choice.tap), None) if single is not None else None
+        if value is not None:
+            message = f"`{value.kind}` is a carried value, which cannot be x: its width is not that of a tap"
+            help = f"give it a name, as in from: {{z: {shown(value.text)}}}"
+            self.collector.error("E024", message, span=value.span, help=help)
+        return found
 
     def _sites(self, node: MappingNode) -> tuple[str, ...]:
         found = words(node.get("at"))

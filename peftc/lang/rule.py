@@ -166,14 +166,24 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A tap of another site, `encoder.block[layer - 1].out`; without an index it is the site in the same layer."""
+    """A tap of another site, `encoder.block[layer - 1].out`, or a carried value, `rung[layer - 1]`; without an index it
+    is that of the same layer."""
 
     text: str
     kind: str
+    """The kind of the site, or the entry of `carry`."""
     tap: str
+    """"" for a carried value."""
     index: Expr | None = None
     stack: str = ""
     span: Span | None = None
+    otherwise: Reference | None = None
+    """What is read where this one names no layer that the model has: `a or b`."""
+
+    @property
+    def choices(self) -> tuple[Reference, ...]:
+        """This reference and those that stand in for it, in order."""
+        return (self, *(self.otherwise.choices if self.otherwise is not None else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +214,8 @@ class Delta:
     """An entry of `rewrite:`: what becomes of each tap of `modify`. Its `form` is empty and `compose` is not read."""
     optional: frozenset[str] = frozenset()
     """Taps of `sets` that a site may lack."""
+    value: Expr | None = None
+    """An entry of `carry:`: what it computes at each site. It modifies nothing, and its `form` is empty."""
     places: dict[str, str | None] = field(default_factory=dict)
     """What `load` reads from: each name to the directory given with --set, or None where none was."""
 

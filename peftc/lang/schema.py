@@ -114,7 +114,8 @@ _PARAMS = "the tensors of the delta, by name"
 _LET = "names for parts of an expression, each seeing those above it"
 _FROM = (
     "taps of other sites: block[0].x is what x is, {skip: block[layer - 1].out} are names for expressions; the value is"
-    " that after earlier deltas"
+    " that after earlier deltas; {z: 'side[layer - 1] or start[0]'} reads entries of `carry`, the second where the"
+    " first names no layer"
 )
 _BEFORE = "rows or entries of `rewrite` that come after this one, where the order of the file differs"
 _AFTER = "rows or entries of `rewrite` that come before this one, where the order of the file differs"
@@ -260,6 +261,21 @@ class RewriteFile(_Model):
     expect: Annotated[int, Field(ge=0)] | None = Field(None, description="how many sites the entry must match")
 
 
+class CarryFile(_Model):
+    """A value computed at every site of a kind, for rows and other entries to read under `from`."""
+
+    at: Words = Field(description="which sites of the model: " + ", ".join(SITES) + ", or a pattern's name")
+    value: Expression = Field(
+        description="what is computed: an expression over the site's taps, parameters, `let` names and `from` names"
+    )
+    sources: dict[Name, Word] | None = Field(None, alias="from", description=_FROM)
+    arguments: dict[Name, Value | None] = Field({}, alias="with", description="numbers by name")
+    where: WhereFile | None = Field(None, description="narrows the sites that `at` names")
+    params: dict[Name, ParamFile] = Field({}, description="the tensors of the value, by name")
+    let: dict[Name, Expression] = Field({}, description=_LET)
+    expect: Annotated[int, Field(ge=0)] | None = Field(None, description="how many sites the entry must match")
+
+
 class RuleFile(_Model):
     """A rule file."""
 
@@ -274,6 +290,9 @@ class RuleFile(_Model):
     include: list[Word] = Field([], description="files of forms and patterns, relative to this one, for rows to name")
     forms: dict[Name, FormBody] = Field({}, description="the rule's own forms, by the name that rows give them")
     patterns: dict[Name, PatternBody] = Field({}, description="kinds of sites of the rule's own, words for `at`")
+    carry: dict[Name, CarryFile] = Field(
+        {}, description="values that are computed from layer to layer and modify nothing, for rows to read, by name"
+    )
     deltas: dict[Name, DeltaFile] = Field({}, description="the rows of the table, by name")
     rewrite: dict[Name, RewriteFile] = Field(
         {}, description="sites of which several taps are replaced at once, by name"

@@ -52,7 +52,7 @@ class Executor:
 
     def _cut(self, program: Program, graph: fx.Graph, units: Mapping[str, str]) -> Parts:
         bindings = {self.nodes[node]: binding for node, binding in program.bindings.items()}
-        inserted = {self.nodes[node] for entry in program.ledger for node in entry.nodes if node in self.nodes}
+        inserted = {self.nodes[node] for node in program.inserted if node in self.nodes}
         computed = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
         takes = [node for node, binding in bindings.items() if binding.kind in ("constant", "input")]
         gives = dict.fromkeys(result for result in self._results if isinstance(result, fx.Node))
