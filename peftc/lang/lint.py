@@ -62,8 +62,9 @@ def _lint_rule(tree: MappingNode, collector: Collector) -> None:
         if key.text not in used:
             help = "take it out, or name it in a row"
             collector.warn("W008", f"no row has the form `{key.text}`", span=key.span, help=help)
-    entries = [entry for _, entry in _entries(tree.get("rewrite")) if isinstance(entry, MappingNode)]
-    found += [_lint_rewrite(entry, collector) for entry in entries]
+    both = (*_entries(tree.get("rewrite")), *_entries(tree.get("carry")))
+    entries = [entry for _, entry in both if isinstance(entry, MappingNode)]
+    found += [_lint_entry(entry, collector) for entry in entries]
     _lint_patterns(tree, [*rows, *entries], collector)
     if not all(reads.known for reads in found):
         return
@@ -103,11 +104,11 @@ def _lint_row(row: MappingNode, local: Mapping[str, MappingNode], collector: Col
     return _Reads((read - given) | _values(row.get("with")) | conditions, known)
 
 
-def _lint_rewrite(entry: MappingNode, collector: Collector) -> _Reads:
-    """Warn of what an entry of `rewrite` declares and does not read; the hyperparameters it reads."""
-    read = _names(entry, "set", "let", "from") | _params(entry)
+def _lint_entry(entry: MappingNode, collector: Collector) -> _Reads:
+    """Warn of what an entry of `rewrite` or `carry` declares and does not read; the hyperparameters it reads."""
+    read = _names(entry, "set", "value", "let", "from") | _params(entry)
     _lint_parts(entry, read, collector)
-    _lint_sources(entry, _names(entry, "set", "let"), collector)
+    _lint_sources(entry, _names(entry, "set", "value", "let"), collector)
     where = entry.get("where")
     conditions = _names(where, "if") if isinstance(where, MappingNode) else frozenset[str]()
     given = {key.text for key, _ in _entries(entry.get("with"))}

@@ -82,8 +82,8 @@ class _Row:
         self.known: dict[str, _Value | None] = {**taps, **sizes}
         for param in (*delta.form.params, *delta.params):
             self.known[param.name] = self._param(param)
-        for name in delta.sources:
-            self.known[name] = _GIVEN
+        for name, source in delta.sources.items():  # a carried value may start at zero
+            self.known[name] = _GIVEN if all(choice.tap for choice in source.choices) else None
 
     def composed(self, compose: Expr | None) -> _Value:
         """What `compose` makes of h and dh; None stands for h + dh."""

@@ -81,6 +81,23 @@ def test_value_given_under_with_hides_the_hyperparameter() -> None:
     assert told(text) == [("W003", "r")]
 
 
+def test_entry_of_carry_reads_hyperparameters_and_may_start_at_zero() -> None:
+    text = HEAD + (
+        "hyper: {w: 4, v: 2}\n"
+        "carry:\n"
+        "  z:\n"
+        "    at: block\n"
+        "    params: {A: {shape: [w, d_in], init: zeros}, S: {shape: [w], init: ones}}\n"
+        "    value: linear(x, A)\n"
+        "deltas:\n"
+        "  read:\n"
+        "   {at: block, modify: out, from: {z: z}, params: {B: {shape: [d_out, 4], init: ones}},\n"
+        "    form: 'linear(z, B)'}\n"
+        "tests: {t: {family: bert, identity: true}}\n"
+    )
+    assert told(text) == [("W003", "v"), ("W001", "S")]
+
+
 def test_misspelling_is_told_once_and_not_as_an_unused_name_too() -> None:
     text = HEAD + "hyper: {scale: 8}\ndeltas:\n  a: {at: ffn, modify: out, form: 1 * x, compose: h + scal * dh}\n"
     assert told(text) == [("E008", "scal")]
