@@ -30,11 +30,11 @@ def across(program: Program) -> str | None:
     for insertion in program.ledger:
         if insertion.lowering == "prepend" or _resizes(insertion):
             return f"delta `{insertion.delta}` makes the sequence longer"
-        if insertion.lowering in ("concat", "gated"):
-            continue
-        for node in insertion.nodes:
-            if _mixes(node):
-                return f"delta `{insertion.delta}` looks beyond a token: its `{_name(node)}` works along the sequence"
+    deltas = [(f"delta `{i.delta}`", i.nodes) for i in program.ledger if i.lowering not in ("concat", "gated")]
+    for what, nodes in (*deltas, *((f"the carried value `{c.name}`", c.own) for c in program.carried)):
+        node = next(filter(_mixes, nodes), None)
+        if node is not None:
+            return f"{what} looks beyond a token: its `{_name(node)}` works along the sequence"
     return None
 
 

@@ -14,19 +14,15 @@ read its value by `from` in turn, that of any layer. A value is computed where a
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peftc.diagnostics import Collector
 from peftc.lang.complaints import shown
-from peftc.lang.inits import check_init_names
-from peftc.lang.reading import Scope
 from peftc.lang.references import STACKS
-from peftc.lang.rewrites import RewriteReader
-from peftc.lang.rows import keys_in, spans_of, values_of, whole
-from peftc.lang.rule import Delta, Expr, Form, Reference
-from peftc.lang.sites import DIMS
+from peftc.lang.rewrites import RewriteReader, unchanged
+from peftc.lang.rows import spans_of, whole
+from peftc.lang.rule import Delta, Form, Reference
 from peftc.lang.tree import MappingNode, Node, ScalarNode
 
 
@@ -36,29 +32,18 @@ class CarryReader(RewriteReader):
 
     def carry(self, key: ScalarNode, node: MappingNode) -> Delta | None:
         """The entry as a row with a `value`; None after an error that leaves none."""
-        at, arguments, taps = self._sites(node), self._arguments(node), self.kinds.common_taps(node)
-        reader = self._reader(values_of(arguments))
-        taken = {**dict.fromkeys(taps, "a tap of the site"), **dict.fromkeys(self.declared, "a hyperparameter")}
-        taken = self._source_names(node, reader, taken)
-        taken = reader.fresh(node.get("params"), "a parameter of the entry", taken)
-        reader.fresh(node.get("let"), "a `let` of the entry", taken)
-        static = frozenset({*self._names(node), *arguments, *DIMS})
-        tensors = {*keys_in(node, "params"), *keys_in(node, "from"), *(taps - static)}
-        before = scope = Scope(static, frozenset(tensors))
-        params = reader.params(node.get("params"), scope)
-        lets, scope = reader.lets(node.get("let"), scope)
-        check_init_names(reader, params, lets, before)
-        value = reader.expr(node.get("value"))
-        reader.names(value, scope)
+        head = self.head(node)
+        value = head.reader.expr(node.get("value"))
+        head.reader.names(value, head.scope)
         if value is None:
             return None
-        self._unread(node, params, (*lets.values(), value))
+        self.unread(node, head, [value])
         delta = Delta(
-            key.text, at, (), "parallel", Form(""), Expr("h", ast.Name("h"), key.span, exact=False), arguments,
-            self.where(node.get("where"), self.kinds.common_dims(node)), params, lets, None,
+            key.text, head.at, (), "parallel", Form(""), unchanged(key), head.arguments,
+            self.where(node.get("where"), self.kinds.common_dims(node)), head.params, head.lets, None,
             whole(node.get("expect")), key.span, spans_of(node), sources=self._sources(node), value=value,
         )  # fmt: skip
-        return self.started(delta, static)
+        return self.started(delta, head.static)
 
 
 def check_names(entries: Mapping[str, tuple[ScalarNode, Node]], reader: RewriteReader, rows: Iterable[str]) -> None:

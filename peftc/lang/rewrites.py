@@ -12,17 +12,31 @@ the site computes after another one of the entry (`out` after `x`) is what the s
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peftc.lang.complaints import shown
 from peftc.lang.expr import calls_in, name_nodes
 from peftc.lang.forms import param_expressions
 from peftc.lang.inits import check_init_names
-from peftc.lang.reading import Scope
+from peftc.lang.reading import Reader, Scope
 from peftc.lang.rows import RowReader, keys_in, spans_of, values_of, whole
-from peftc.lang.rule import Delta, Expr, Form, Param
+from peftc.lang.rule import Delta, Expr, Form, Param, Scalar
 from peftc.lang.sites import DIMS
 from peftc.lang.tree import MappingNode, ScalarNode
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What entries of `rewrite` and of `carry` have in common, and what their expressions are read with."""
+
+    at: tuple[str, ...]
+    arguments: dict[str, Scalar | Expr]
+    params: tuple[Param, ...]
+    lets: dict[str, Expr]
+    reader: Reader
+    scope: Scope
+    static: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -31,6 +45,30 @@ class RewriteReader(RowReader):
 
     def entry(self, key: ScalarNode, node: MappingNode) -> Delta | None:
         """The entry as a row with `sets`; None after an error that leaves no entry."""
+        head = self.head(node)
+        sets: dict[str, Expr] = {}
+        optional: set[str] = set()
+        spans = spans_of(node)
+        for name, place, item in self._set(node):
+            expr = head.reader.expr(item)
+            head.reader.names(expr, head.scope.with_tensors("h"))
+            if name in sets:
+                message = f"`{name}` is set twice"
+                self.collector.error("E023", message, span=place.span, help="set it once")
+            if expr is not None:
+                sets[name] = expr
+            spans[f"set.{name}"] = place.span
+            optional |= {name} if place.text.endswith("?") else set()
+        self.unread(node, head, sets.values())
+        delta = Delta(
+            key.text, head.at, tuple(sets), "parallel", Form(""), unchanged(key), head.arguments,
+            self.where(node.get("where")), head.params, head.lets, None, whole(node.get("expect")), key.span, spans,
+            sources=self._sources(node), sets=sets, optional=frozenset(optional),
+        )  # fmt: skip
+        return self.started(delta, head.static)
+
+    def head(self, node: MappingNode) -> Head:
+        """What an entry says beside what it is for: names that stand for two things are E023 here."""
         at, arguments, taps = self._sites(node), self._arguments(node), self.kinds.common_taps(node)
         reader = self._reader(values_of(arguments))
         taken = {**dict.fromkeys(taps, "a tap of the site"), **dict.fromkeys(self.declared, "a hyperparameter")}
@@ -39,36 +77,15 @@ class RewriteReader(RowReader):
         reader.fresh(node.get("let"), "a `let` of the entry", taken)
         static = frozenset({*self._names(node), *arguments, *DIMS})
         tensors = {*keys_in(node, "params"), *keys_in(node, "from"), *(taps - static)}
-        scope = Scope(static, frozenset(tensors))
-        params = reader.params(node.get("params"), scope)
-        before = scope
-        lets, scope = reader.lets(node.get("let"), scope)
+        before = Scope(static, frozenset(tensors))
+        params = reader.params(node.get("params"), before)
+        lets, scope = reader.lets(node.get("let"), before)
         check_init_names(reader, params, lets, before)
-        sets: dict[str, Expr] = {}
-        optional: set[str] = set()
-        spans = spans_of(node)
-        for name, place, item in self._set(node):
-            expr = reader.expr(item)
-            reader.names(expr, scope.with_tensors("h"))
-            if name in sets:
-                message = f"`{name}` is set twice"
-                self.collector.error("E023", message, span=place.span, help="set it once")
-            if expr is not None:
-                sets[name] = expr
-            spans[f"set.{name}"] = place.span
-            optional |= {name} if place.text.endswith("?") else set()
-        self._unread(node, params, (*lets.values(), *sets.values()))
-        compose = Expr("h", ast.Name("h"), key.span, exact=False)
-        delta = Delta(
-            key.text, at, tuple(sets), "parallel", Form(""), compose, arguments, self.where(node.get("where")),
-            params, lets, None, whole(node.get("expect")), key.span, spans,
-            sources=self._sources(node), sets=sets, optional=frozenset(optional),
-        )  # fmt: skip
-        return self.started(delta, static)
+        return Head(at, arguments, params, lets, reader, scope, static)
 
-    def _unread(self, node: MappingNode, params: tuple[Param, ...], exprs: tuple[Expr, ...]) -> None:
-        """E003 for each name under `with:` that no expression of the entry reads."""
-        exprs += tuple(expr for param in params for expr in param_expressions(param))
+    def unread(self, node: MappingNode, head: Head, own: Iterable[Expr]) -> None:
+        """E003 for each name under `with:` that no expression of the entry reads; `own` are those of its purpose."""
+        exprs = [*own, *head.lets.values(), *(expr for param in head.params for expr in param_expressions(param))]
         read = {name for expr in exprs for name in (*name_nodes(expr), *calls_in(expr))}
         given = node.get("with")
         for name, (key, _) in given.entries.items() if isinstance(given, MappingNode) else ():
@@ -90,3 +107,8 @@ class RewriteReader(RowReader):
             if known and isinstance(item, ScalarNode):
                 found.append((name, place, item))
         return found
+
+
+def unchanged(key: ScalarNode) -> Expr:
+    """The composition of an entry, which composes nothing."""
+    return Expr("h", ast.Name("h"), key.span, exact=False)

@@ -6,16 +6,13 @@ Where the rule or the model does not admit a cache, `generate` computes every to
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from peftc.diagnostics import PeftcError, fail
 from peftc.frontend.trace import InputSpec, default_inputs, forward_arguments
 from peftc.runtime.signature import read_call
-
-if TYPE_CHECKING:
-    pass
 
 
 class Generates:

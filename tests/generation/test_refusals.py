@@ -44,6 +44,24 @@ def test_a_model_whose_state_is_no_keys_and_values_says_that_it_keeps_no_cache(t
     assert reason is not None and "an adapted MambaForCausalLM keeps no cache" in reason
 
 
+def test_a_carried_value_that_sums_along_the_sequence_is_told_by_its_op(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).save_pretrained(tmp_path)
+    rule = tmp_path / "rule.yaml"
+    rule.write_text(
+        "peftc: 1\n"
+        "name: sums\n"
+        "carry: {z: {at: block, value: 'cumsum(x, dim=-2)'}}\n"
+        "deltas:\n"
+        "  read: {at: block, modify: out, from: {z: z}, params: {g: {shape: [d_out], init: zeros}}, form: g * z}\n"
+    )
+    reason = uncached(peftc.apply(rule, tmp_path))
+    assert reason is not None
+    assert reason.endswith("the carried value `z` looks beyond a token: its `cumsum` works along the sequence")
+
+
 @pytest.mark.slow
 def test_a_delta_that_sums_along_the_sequence_is_told_by_its_op(made: Make) -> None:
     with pytest.warns(UserWarning, match=r"delta `lora.q` looks beyond a token: its `mean` works along the sequence"):
