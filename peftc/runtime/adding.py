@@ -19,7 +19,7 @@ from peftc.diagnostics import fail
 from peftc.runtime.api import load_base, operate, refuse_other_base
 from peftc.runtime.delta_dir import DeltaDir, check_names
 from peftc.runtime.graph_model import Surgery
-from peftc.runtime.states import BASE, Slot, State, States, located, parked_deltas
+from peftc.runtime.states import BASE, Slot, State, States, located, parked_deltas, plant
 from peftc.store.fingerprint import Fingerprint
 from peftc.store.heads import resolve
 from peftc.store.model_dir import ModelDir
@@ -51,7 +51,7 @@ def add_state(model: Any, name: str, directory: str | Path) -> None:
     if absent:
         values |= base_tensors(model, surgery, absent)
     for own in plan.parameters:
-        _plant(model, own, parked_deltas(name), values[own].to(model.device))
+        plant(model, own, values[own].to(model.device), parked_deltas(name))
     owners, holders = located(model, plan.parameters, parked_deltas(name))
     trains = (*(own in plan.trainable for own in plan.parameters), *(True for _ in plan.trained))
     state = State(name, surgery, owners, holders, frozenset(plan.trained), trains)
@@ -128,18 +128,6 @@ def base_tensors(model: Any, surgery: Surgery, names: Collection[str]) -> dict[s
     dtype = next(iter(surgery.skeletons))[0]
     fresh, _ = load_base(base, given["head"], given["num_labels"], given["seed"], dtype)
     return {name: fresh.get_parameter(name).detach().clone() for name in names}
-
-
-def _plant(model: nn.Module, name: str, container: str, value: torch.Tensor) -> None:
-    """Register a delta parameter in a container that is called otherwise than `peftc`."""
-    parts = name.split(".")
-    split = parts.index("peftc")
-    module = model.get_submodule(".".join(parts[:split]))
-    for part in (container, *parts[split + 1 : -1]):
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    module.register_parameter(parts[-1], nn.Parameter(value, requires_grad=False))
 
 
 def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:

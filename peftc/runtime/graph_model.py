@@ -31,7 +31,7 @@ from peftc.runtime.hierarchy import called
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.stateful import HoldsStates
-from peftc.runtime.states import first_state
+from peftc.runtime.states import first_state, plant
 from peftc.runtime.submodels import adopt
 from peftc.runtime.units import gathered_dtype, mark_layers, paths_of, units_of
 
@@ -125,10 +125,13 @@ class GraphModel(HoldsStates, Generates):
             skeleton.config.problem_type = model.config.problem_type
         return skeleton
 
-    def executor_of(self, program: Program) -> Executor:
-        """The program as a callable, for the device and the mode that the model is in."""
+    def executor_of(self, program: Program, inside: str = "") -> Executor:
+        """The program as a callable, for the device and the mode that the model is in.
+
+        Of a program that is the call of the module at `inside`, neither that module nor one around it is called.
+        """
         model: Any = self
-        units = units_of(model)
+        units = tuple(unit for unit in units_of(model) if not (inside + ".").startswith(unit + "."))
         key = (id(program), model.training, model.device, units)
         if key not in self._surgery.executors:
             called = paths_of(model, units)
@@ -247,10 +250,7 @@ def _subclass(base: type[PreTrainedModel]) -> type[Any]:
 def attach(model: PreTrainedModel, surgery: Surgery, values: Mapping[str, torch.Tensor]) -> Any:
     """Turn `model` into a `GraphModel`: register the deltas with `values`, freeze all else but what the rule trains."""
     for name in surgery.plan.parameters:
-        path, _, leaf = name.rpartition(".")
-        owner = _container(model, path)
-        value = values[name].to(device=model.device)
-        owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
+        plant(model, name, values[name].to(device=model.device))
     model.requires_grad_(False)
     for name in surgery.plan.trainable:
         model.get_parameter(name).requires_grad_(True)
@@ -259,18 +259,3 @@ def attach(model: PreTrainedModel, surgery: Surgery, values: Mapping[str, torch.
     model._states = first_state(model, surgery)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     adopt(model)
     return model
-
-
-def _container(model: torch.nn.Module, path: str) -> torch.nn.Module:
-    """The module at `path`, whose last parts (from `peftc` on) are made when they are not there."""
-    module = model
-    parts = path.split(".")
-    for index, part in enumerate(parts):
-        child = getattr(module, part, None)
-        if child is None:
-            if "peftc" not in parts[: index + 1]:
-                raise AttributeError(f"{type(model).__name__} has no module {'.'.join(parts[: index + 1])}")
-            child = torch.nn.Module()
-            module.add_module(part, child)
-        module = child
-    return module

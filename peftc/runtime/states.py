@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from peftc.diagnostics import did_you_mean, fail
@@ -205,6 +206,18 @@ class States:
             model._surgery = before.surgery
             if bare:
                 self.bare_slots()
+
+
+def plant(model: nn.Module, name: str, value: torch.Tensor, container: str = _DELTAS) -> None:
+    """Register a delta parameter, frozen, under the module that owns its site: in `container` in place of the usual."""
+    parts = name.split(".")
+    split = parts.index(_DELTAS)
+    module = model.get_submodule(".".join(parts[:split]))
+    for part in (container, *parts[split + 1 : -1]):
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module.register_parameter(parts[-1], nn.Parameter(value, requires_grad=False))
 
 
 def first_state(model: nn.Module, surgery: Surgery) -> States:

@@ -22,10 +22,9 @@ from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec, build_skeleton
 from peftc.patterns.sites import find
 from peftc.pipeline import analyse, rewrite
-from peftc.runtime.executor import Executor
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
-from peftc.runtime.units import gathered_dtype, paths_of, units_of
+from peftc.runtime.units import gathered_dtype
 from peftc.select import selected
 
 if TYPE_CHECKING:
@@ -82,21 +81,9 @@ def _run(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if call.cached or call.encoded is not None:
         what = "a cache" if call.cached else "`encoder_outputs`"
         fail("E041", f"`{place.path}` called by itself takes no {what}", help="leave it out, or call the whole model")
-    executor = _executor(place, _program(place, call.tensors, call.flags))
+    executor = root.executor_of(_program(place, call.tensors, call.flags), place.path)
     result = executor(state_of(root), call.tensors, root.get_submodule)
     return result.to_tuple() if call.as_tuple else result
-
-
-def _executor(place: Place, program: Program) -> Executor:
-    """As the whole model's, but that neither the submodel nor a module around it is called once more."""
-    root = place.root
-    executors = root.surgery.executors
-    units = tuple(unit for unit in units_of(root) if not (place.path + ".").startswith(unit + "."))
-    key = (id(program), root.training, root.device, units)
-    if key not in executors:
-        called = paths_of(root, units)
-        executors[key] = Executor(program, training=root.training, device=root.device, units=called)
-    return executors[key]
 
 
 def _program(place: Place, inputs: Mapping[str, torch.Tensor], flags: Mapping[str, Any]) -> Program:

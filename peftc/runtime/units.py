@@ -36,7 +36,8 @@ def paths_of(model: torch.nn.Module, units: Sequence[str]) -> dict[str, str]:
 
 def checkpoints(module: torch.nn.Module) -> bool:
     """Whether the activations of this layer are computed again: transformers marks layers so."""
-    return bool(getattr(module, "gradient_checkpointing", False)) and is_layer(module)
+    marked = module.__dict__.get("gradient_checkpointing", getattr(type(module), "gradient_checkpointing", False))
+    return bool(marked) and is_layer(module)  # asked of every module at every call, so past Module's own getattr
 
 
 def is_layer(module: torch.nn.Module) -> bool:

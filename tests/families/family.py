@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -259,3 +262,16 @@ MORE = (
 )
 """Families whose attention is odd and always spelled out: a soft cap on the scores, a bias added in place."""
 BY_NAME = {family.name: family for family in (*FAMILIES, *MORE)}
+
+
+@contextlib.contextmanager
+def softmax_keeps_float64() -> Iterator[None]:
+    """BLOOM, and models whose attention is spelled out, run their softmax in float32 in any dtype; not in here."""
+    original = torch.nn.functional.softmax
+
+    def softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return original(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", softmax)
+        yield

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.family import _GROUPED, _TEXT, BY_NAME, Family, fill
+from families.family import _GROUPED, _TEXT, BY_NAME, Family, fill, softmax_keeps_float64
 from torch import Tensor
 
 import peftc
@@ -28,14 +28,7 @@ HYPERS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="package", autouse=True)
 def softmax_in_float64() -> Iterator[None]:
-    """BLOOM, and models whose attention is spelled out, run their softmax in float32 whatever their dtype is."""
-    original = torch.nn.functional.softmax
-
-    def softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        return original(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "softmax", softmax)
+    with softmax_keeps_float64():
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.family import BY_NAME, Family, fill
+from families.family import BY_NAME, Family, fill, softmax_keeps_float64
 from torch import Tensor
 
 import peftc
@@ -34,14 +34,7 @@ EAGER = names("bert", "llama", "gpt2", "bart", quick=("llama", "bart"))
 
 @pytest.fixture(scope="module", autouse=True)
 def softmax_in_float64() -> Iterator[None]:
-    """BLOOM, and Llama when spelled out, run their softmax in float32 in a model of any dtype; here they do not."""
-    original = torch.nn.functional.softmax
-
-    def softmax(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        return original(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "softmax", softmax)
+    with softmax_keeps_float64():
         yield
 
 
