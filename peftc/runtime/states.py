@@ -134,9 +134,7 @@ class States:
     def get(self, name: str) -> State:
         """The state of this name. Raises `PeftcError` E047."""
         if name not in self.by_name:
-            known = f"its states: {', '.join(self.by_name)}"
-            help = did_you_mean(name, self.by_name) if isinstance(name, str) else None
-            fail("E047", f"the model has no state `{name}`", help=f"{help}; {known}" if help else known)
+            fail("E047", f"the model has no state `{name}`", help=did_you_mean(str(name), self.by_name))
         return self.by_name[name]
 
     def seat(self, state: State) -> None:

@@ -232,8 +232,9 @@ def _as_diagnostic(place: Path) -> Iterator[None]:
 
 def _fail_write(place: Path, error: OSError) -> NoReturn:
     where = place
-    if isinstance(error.filename, str | os.PathLike):
-        name = Path(error.filename)
+    written = error.filename if error.filename2 is None else error.filename2  # of a copy, the second is the target
+    if isinstance(written, str | os.PathLike):
+        name = Path(written)
         inside = next((parent for parent in (name, *name.parents) if ".peftc-" in parent.name), None)
         where = place / name.relative_to(inside) if inside else name
     cause = error.strerror or str(error)

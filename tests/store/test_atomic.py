@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,20 @@ def test_full_disk_is_reported_and_the_old_directory_intact(tmp_path: Path) -> N
 
     assert os.strerror(errno.ENOSPC) in _refused(run).message
     assert _content(target) == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_during_a_copy_names_the_copy_and_not_its_source(tmp_path: Path) -> None:
+    source, target = tmp_path / "tokenizer.json", tmp_path / "out"
+    source.write_text("{}" * 100_000)
+
+    def run() -> None:
+        with atomic_directory(target, replace=False) as directory:
+            (directory / "tokenizer.json").symlink_to("/dev/full")
+            shutil.copyfile(source, directory / "tokenizer.json")
+
+    message = f"cannot write {target / 'tokenizer.json'}: {os.strerror(errno.ENOSPC)}"
+    assert _refused(run).message == message
 
 
 def test_disk_that_fills_at_the_flush_leaves_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
