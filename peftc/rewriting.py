@@ -231,7 +231,9 @@ class _Carrier(_Rewriter):
         lowering = Lowering(self.builder, {**self.env, **self.inputs}, self.site.describe())
         for let in needed:
             lowering.env[let] = lowering.lower(self.delta.let[let])
-        node = self.builder.call(aten.alias.default, lowering.tensor(value))  # a node of its own: see `Tap.write`
+        node = lowering.tensor(value)
+        if node not in self.builder.nodes:  # it needs a node of its own: see `Tap.write`
+            node = self.builder.call(aten.clone.default, node)
         own = tuple(self.builder.nodes)
         return Carried(self.delta.name, self.site, node, own, self.held.union(own))
 

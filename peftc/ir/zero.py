@@ -34,7 +34,7 @@ _ODD = (
 """Functions with f(0) = 0."""
 
 _SHAPES = (
-    aten.to.dtype, aten.alias.default, aten.transpose.int, aten.reshape.default, aten.unsqueeze.default,
+    aten.to.dtype, aten.clone.default, aten.transpose.int, aten.reshape.default, aten.unsqueeze.default,
     aten.squeeze.dim, aten.flatten.using_ints, aten.unflatten.int, aten.slice.Tensor, aten.select.int,
     aten.expand.default, aten.mean.dim, aten.sum.dim_IntList,
 )  # fmt: skip

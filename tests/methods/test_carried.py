@@ -87,6 +87,41 @@ def _reader(deltas: dict[str, Tensor], path: str) -> str:
     return found
 
 
+def test_a_value_that_is_a_tap_stays_what_it_was_when_the_tap_is_changed(tmp_path: Path) -> None:
+    _plain("bert").save_pretrained(tmp_path)
+    params = "params: {g: {shape: [d_out], init: zeros}}"
+    ours = apply_rule(
+        "peftc: 1\n"
+        "name: older\n"
+        "carry: {z: {at: block, value: out}}\n"
+        "deltas:\n"
+        f"  own: {{at: block, modify: out, from: {{z: z}}, {params}, form: g * z}}\n"
+        f"  next: {{at: block, where: {{layers: [1]}}, modify: out, from: {{z: 'z[0]'}}, {params}, form: g * z}}\n",
+        tmp_path,
+        {},
+    )
+    scramble((name, ours.get_parameter(name)) for name in ours.surgery.plan.parameters)
+    g = {
+        name.partition("peftc.")[2][0] + name.split(".")[2]: p for name, p in ours.named_parameters() if "peftc" in name
+    }
+    theirs, seen = _plain("bert"), []
+
+    def hook(index: int) -> Any:
+        def changed(_: nn.Module, given: Any, result: Any) -> Any:
+            h = result[0] if isinstance(result, tuple) else result
+            seen.append(h)
+            h = h + g[f"o{index}"] * h
+            h = h + g["n1"] * seen[0] if index else h
+            return (h, *result[1:]) if isinstance(result, tuple) else h
+
+        return changed
+
+    for index, block in enumerate(theirs.encoder.layer):
+        block.register_forward_hook(hook(index))
+    assert difference(output(ours), output(_plain("bert"))) > 1e-2
+    assert difference(output(ours), output(theirs)) <= WORST
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_zflora_is_a_stream_beside_the_model(family: str, tmp_path: Path) -> None:
     _plain(family).save_pretrained(tmp_path)
