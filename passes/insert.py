@@ -258,7 +258,10 @@ class _Inserter:
         keys, values = lowering.tensor(attend.keys), lowering.tensor(attend.values)
         site = self.edit.site
         self._check_widths(keys, values, attend.keys)
-        for name, part, node in (("keys", attend.keys, keys), ("values", attend.values, values)):
+        for name, width, part, node in (
+            ("keys", "key_dim", attend.keys, keys),
+            ("values", "head_dim", attend.values, values),
+        ):
             shape = tuple(node.meta["val"].shape)
             if len(shape) not in (3, 4) or shape[-2] not in (site.dims["kv_heads"], site.dims["heads"]):
                 fail(
@@ -266,15 +269,14 @@ class _Inserter:
                     f"`attend.{name}` of form `{self.delta.form.name}` is {self._shown(node, part)} at "
                     f"{site.describe()}",
                     span=part.span,
-                    help=f"it must be [l, kv_heads={site.dims['kv_heads']}, head_dim={site.dims['head_dim']}]",
+                    help=f"it must be [l, kv_heads={site.dims['kv_heads']}, {width}={site.dims[width]}]",
                 )
         return lowering, keys, values
 
     def _check_widths(self, keys: fx.Node, values: fx.Node, part: Expr) -> None:
         """Latent attention has keys wider than its values: such a prefix has rows that fit one of them only."""
-        region, site = self.edit.site.region, self.edit.site
-        assert region is not None
-        wanted = [shape_of(region.operands()[0])[-1], site.dims["head_dim"]]
+        site = self.edit.site
+        wanted = [site.dims["key_dim"], site.dims["head_dim"]]
         found = [shape_of(node)[-1] for node in (keys, values)]
         if found != wanted and wanted[0] != wanted[1]:
             fail(
@@ -282,7 +284,7 @@ class _Inserter:
                 f"{site.describe()} has keys of width {wanted[0]} and values of width {wanted[1]}; form "
                 f"`{self.delta.form.name}` makes rows of {found[0]} and {found[1]}",
                 span=part.span,
-                help="leave this attention out, or write a form with rows of these widths",
+                help="give the rows of the keys the width `key_dim` and those of the values `head_dim`",
             )
 
     def _concat(self, region: Region) -> Insertion:

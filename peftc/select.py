@@ -11,6 +11,7 @@ from peftc.ir.sites import Site
 from peftc.lang.expr import names_in
 from peftc.lang.layers import layer_set
 from peftc.lang.rule import Delta, Expr, Rule, Scalar, Where
+from peftc.lang.sites import DIMS
 from peftc.lang.static import evaluate_static
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def _in_layers(site: Site, where: Where) -> bool:
 
 def condition_env(site: Site, rule: Rule) -> dict[str, Scalar]:
     """What `where.if` sees: hyperparameters and the site's dimensions; 0 for one that this kind of site lacks."""
-    names = ("d_model", "d_ff", "d_in", "d_out", "heads", "kv_heads", "head_dim", "layer", "layers")
-    env: dict[str, Scalar] = dict.fromkeys(names, 0)
+    env: dict[str, Scalar] = dict.fromkeys(DIMS, 0)
     env["has_bias"] = False
     env.update(site.dims)
     env.update(rule.values_at(site.layer, int(site.dims.get("layers", 0))))

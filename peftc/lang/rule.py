@@ -130,7 +130,10 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """The site's own queries attending to `keys` and `values`, each [l, kv_heads, head_dim] (or batched [B, l, ..])."""
+    """The site's own queries attending to `keys` [l, kv_heads, key_dim] and `values` [l, kv_heads, head_dim].
+
+    Both may have a batch axis in front.
+    """
 
     keys: Expr
     values: Expr

@@ -88,7 +88,7 @@ class ParamFile(_Model):
 class AttendFile(_Model):
     """The site's own queries attending to rows."""
 
-    keys: Expression = Field(description="rows the queries are compared with, [l, kv_heads, head_dim]")
+    keys: Expression = Field(description="rows the queries are compared with, [l, kv_heads, key_dim]")
     values: Expression = Field(description="rows that are averaged, [l, kv_heads, head_dim]")
 
 

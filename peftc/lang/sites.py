@@ -30,6 +30,7 @@ DIMS = (
     "heads",
     "kv_heads",
     "head_dim",
+    "key_dim",
     "layer",
     "layers",
     "has_bias",

@@ -194,7 +194,7 @@ def _site(region: Region, linears: dict[fx.Node, Linear]) -> Site | None:
     kv_heads = taps["v"].width // head_dim if "v" in taps else heads
     roles = _roles(q_linear, k_linear, v_linear, output)
     dims: dict[str, int | bool] = {
-        "d_model": q_linear.d_in, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+        "d_model": q_linear.d_in, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "key_dim": key_dim,
     }  # fmt: skip
     path = common_path(module_path(linear.node) for linear in roles.values())
     variant = "self" if _same_stream(q_linear.x, v_linear.x) else "cross"

@@ -16,7 +16,7 @@ from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.copying import copied
 from peftc.ir.program import Program
 from peftc.ir.sites import Site
-from peftc.lang.loader import load_rule
+from peftc.lang.loader import load_rule, parse_rule
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.executor import Executor
 from peftc.survey.weights import random_state
@@ -178,7 +178,18 @@ def test_latent_attention_has_its_taps_and_one_ffn_a_layer() -> None:
 
 
 def test_a_prefix_of_one_width_is_refused_where_keys_are_wider_than_values() -> None:
+    rows = "{P: {shape: [l, kv_heads, head_dim], init: zeros}}"
+    row = f"{{at: attention, modify: heads, form: {{params: {rows}, attend: {{keys: P, values: P}}}}, compose: gate}}"
+    rule = parse_rule(f"peftc: 1\nname: narrow\nhyper: {{l: 3}}\ndeltas:\n  p: {row}\n", "narrow.yaml")
     with pytest.raises(PeftcError) as caught:
-        rewrite(copied(located("deepseek_v3")[0]), load_rule("prefix", {"l": 3}))
+        rewrite(copied(located("deepseek_v3")[0]), rule)
     (told,) = caught.value.diagnostics
     assert told.code == "E013" and "keys of width 16 and values of width 8" in told.message
+    assert told.help is not None and "`key_dim`" in told.help
+
+
+def test_mam_applies_to_latent_attention_with_keys_wider_than_values() -> None:
+    program = copied(located("deepseek_v3")[0])
+    plan = rewrite(program, load_rule("mam", {"l": 3, "r": 4}))
+    shapes = {name.rpartition(".")[2]: tuple(p.shape) for name, p in plan.parameters.items()}
+    assert (shapes["P_k"], shapes["P_v"]) == ((3, 4, 16), (3, 4, 8))

@@ -122,9 +122,10 @@ def _check_prefix(walk: Walk, word: str, expr: Expr, value: Value) -> None:
     if not isinstance(value, Shape) or value.open:
         return
     heads, width = value.last(2)
-    fits = len(value.sizes) in (3, 4) and walk.sizes.verdict(width, symbol("head_dim")) != "never"
+    name = "key_dim" if word == "keys" else "head_dim"
+    fits = len(value.sizes) in (3, 4) and walk.sizes.verdict(width, symbol(name)) != "never"
     if not fits or _apart(walk.sizes, heads):
-        help = "it must be [l, kv_heads, head_dim], or [B, l, kv_heads, head_dim]"
+        help = f"it must be [l, kv_heads, {name}], or [B, l, kv_heads, {name}]"
         message = f"`{word}` of `attend` is {value}, which are no {word} of an attention"
         walk.found.append(Diagnostic("E013", message, expr.span, help))
 

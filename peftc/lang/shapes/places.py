@@ -16,12 +16,11 @@ from peftc.lang.sites import SITES
 
 _B, _S, _T = (symbol(name) for name in ("B", "S", "T"))
 _IN, _OUT, _MODEL, _INNER = (symbol(name) for name in ("d_in", "d_out", "d_model", "d_ff"))
-_HEADS, _KV, _WIDTH = (symbol(name) for name in ("heads", "kv_heads", "head_dim"))
+_HEADS, _KV, _WIDTH, _KEY = (symbol(name) for name in ("heads", "kv_heads", "head_dim", "key_dim"))
 
 _LAST: dict[tuple[str, str], Polynomial] = {
     ("attention", "x"): _MODEL,
-    ("attention", "q"): _HEADS * _WIDTH,
-    ("attention", "k"): _KV * _WIDTH,
+    ("attention", "q"): _HEADS * _KEY,
     ("attention", "v"): _KV * _WIDTH,
     ("attention", "heads"): _WIDTH,
     ("attention", "concat"): _HEADS * _WIDTH,
