@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class HoldsStates:
         """Forget a state and its tensors. Raises `PeftcError` E047 for the active one."""
         states = self._states
         state = states.get(name)
+        self._outside("removed", name)
         if state is states.active:
             fail("E047", f"`{name}` is the active state", help="make another one active, then remove it")
         states.forget(state)
@@ -54,23 +55,53 @@ class HoldsStates:
         """
         states = self._states
         state = states.get(name)
-        if states.bare:
-            fail("E047", f"`{name}` cannot be made active inside disable()", help="leave the block first")
+        self._outside("made active", name)
         before = states.active
         if state is not before:
             states.train(state, before)
             states.seat(state)
             self._surgery = state.surgery
 
+    def _outside(self, done: str, name: str) -> None:
+        """Raise E047 inside a block that has chosen states."""
+        states = self._states
+        block = "disable" if states.bare else "per_sample" if states.rows is not None else ""
+        if block:
+            fail("E047", f"`{name}` cannot be {done} inside {block}()", help="leave the block first")
+
     @contextlib.contextmanager
     def disable(self) -> Iterator[None]:
         """Inside, the model is its base: the base's own code runs, on the base's own tensors, in `generate` too."""
+        self._have_base()
+        with self._states.shown(self, None):
+            yield
+
+    def _have_base(self) -> None:
         if not self._states.whole:
             from peftc.runtime.adding import keep_base
 
             keep_base(self, self._states)
-        with self._states.shown(self, None):
-            yield
+
+    @contextlib.contextmanager
+    def per_sample(self, states: Sequence[str | None]) -> Iterator[None]:
+        """Inside, each row of a batch is answered by the state of its place in `states`, or (None) by the base.
+
+        Calls and `generate` take batches of as many rows. The states train as each does when it is active, so run
+        `backward` inside. Nothing is traced; see `peftc.runtime.per_sample`. Raises `PeftcError` E047 for a state that
+        is not there and, in a call, for what no row has by itself: `labels`, a cache.
+        """
+        from peftc.runtime.per_sample import read_rows
+
+        own = self._states
+        rows = read_rows(own, states)
+        if None in rows:
+            self._have_base()
+        before, own.rows = own.rows, rows
+        try:
+            with own.training({name for name in rows if name is not None}):
+                yield
+        finally:
+            own.rows = before
 
     @contextlib.contextmanager
     def saved_state(self, name: str | None) -> Iterator[None]:
@@ -82,11 +113,17 @@ class HoldsStates:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`; see `peftc.runtime.generation` for what a graph does of it."""
+        if self._states.rows is not None:
+            from peftc.runtime import per_sample
+
+            return per_sample.generate(self, args, kwargs)
         base: Any = self._surgery.base_class if self._states.bare else super()
         return base.generate(self, *args, **kwargs) if self._states.bare else base.generate(*args, **kwargs)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder, with the deltas of the active state, or inside `disable()` the base's."""
+        if self._states.rows is not None:
+            fail("E047", "inside per_sample() the encoder is not called by itself", help="call the whole model")
         if self._states.bare:
             return self._surgery.base_class.get_encoder(self, *args, **kwargs)
         base: Any = super()
@@ -94,6 +131,11 @@ class HoldsStates:
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model."""
+        if self._states.rows is not None:
+            from peftc.runtime import per_sample
+
+            own: Any = self
+            return per_sample.answer(own, own.forward, self._surgery.base_class, own.config, args, kwargs)
         if self._states.bare:
             return self._surgery.base_class.forward(self, *args, **kwargs)
         model: Any = self

@@ -15,7 +15,7 @@ moves modules, never data. States of one rule run the same traces.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 DEFAULT = "default"
 BASE = "base"
 """What the base's own tensors wait under, which is why no state has this name."""
+
+Rows = tuple["str | None", ...]
+"""For each row of a batch the name of its state, None for the base."""
 
 _DELTAS = "peftc"
 _TRAINED = "peftc_base"
@@ -130,6 +133,8 @@ class States:
     """Whether every slot holds the base's own tensor: only then may it be asked for."""
     bare: bool = False
     """Whether the base's own tensors stand in the slots: inside `disable()`."""
+    rows: Rows | None = None
+    """The states of the rows of a batch: inside `per_sample()`."""
 
     def get(self, name: str) -> State:
         """The state of this name. Raises `PeftcError` E047."""
@@ -180,6 +185,21 @@ class States:
         for parameter, trains in zip(self.parameters(state), state.trains, strict=True):
             parameter.requires_grad = trains
 
+    @contextlib.contextmanager
+    def training(self, names: Collection[str]) -> Iterator[None]:
+        """Inside, states that are not active train too, each as when it was last active."""
+        waiting = [self.by_name[name] for name in names if self.by_name[name] is not self.active]
+        for state in waiting:
+            for parameter, trains in zip(self.parameters(state), state.trains, strict=True):
+                parameter.requires_grad = trains
+        try:
+            yield
+        finally:
+            for state in waiting:
+                state.trains = tuple(parameter.requires_grad for parameter in self.parameters(state))
+                for parameter in self.parameters(state):
+                    parameter.requires_grad = False
+
     def forget(self, state: State) -> None:
         """Drop a state that is not active, and its tensors."""
         for owner in state.owners:
@@ -191,7 +211,8 @@ class States:
     @contextlib.contextmanager
     def shown(self, model: Any, state: State | None) -> Iterator[None]:
         """Inside, the graph reads the tensors of `state`, or (None) the base runs; what trains stays as it is."""
-        before, bare = self.active, self.bare
+        before, bare, rows = self.active, self.bare, self.rows
+        self.rows = None
         try:
             if state is None:
                 self.bare_slots()
@@ -201,7 +222,7 @@ class States:
             yield
         finally:
             self.seat(before)
-            model._surgery = before.surgery
+            model._surgery, self.rows = before.surgery, rows
             if bare:
                 self.bare_slots()
 

@@ -22,6 +22,7 @@ from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec, build_skeleton
 from peftc.patterns.sites import find
 from peftc.pipeline import analyse, rewrite
+from peftc.runtime import per_sample
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.units import gathered_dtype
@@ -59,7 +60,11 @@ def _calling(own: type[PreTrainedModel]) -> type[Any]:
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         place = self.__dict__["_peftc_place"]
-        return own.forward(self, *args, **kwargs) if place.root.active is None else _run(place, args, kwargs)
+        if place.root.active is None:
+            return own.forward(self, *args, **kwargs)
+        if place.root._states.rows is not None:
+            return per_sample.answer(place.root, self.forward, own, self.config, args, kwargs)
+        return _run(place, args, kwargs)
 
     return type("Peftc" + own.__name__, (own,), {"forward": forward, "__module__": __name__})
 
