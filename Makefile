@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all survey library bench reference lint format clean
+.PHONY: help install demo test test-all survey soak library bench reference lint format clean
 
 help:
 	@echo "make demo      adapt, train, fold and export a real pretrained model (all-MiniLM-L6-v2)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make library   measure every rule anew, for the table of peftc rules"
 	@echo "make bench     the measurements"
+	@echo "make soak      train, save, kill -9 and resume for 30 minutes: nothing lost or corrupt"
 	@echo "make survey    every model type of transformers, for hours"
 	@echo "make reference rules/REFERENCE.md and the tables in rules/README.md, from peftc's own tables"
 	@echo "make lint      ruff and pyright"
@@ -62,6 +63,11 @@ bench: $(STAMP)
 # Every model type of transformers: hours on two cores. `python tests/survey.py` writes the table of peftc families.
 survey: $(STAMP)
 	$(BIN)/python -m pytest -q -m survey -s
+
+# `make soak MINUTES=5` is shorter; --seed in tests/soak.py draws other moments to kill.
+MINUTES ?= 30
+soak: $(STAMP)
+	$(BIN)/python -W ignore tests/soak.py $(MINUTES)
 
 # pyright knows nothing of setuptools' package-dir, so passes/ and rules/ are linked to where they install.
 reference: $(STAMP)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftc.diagnostics import PeftcError
     from peftc.lang.loader import load_rule
     from peftc.runtime.api import apply, load
+    from peftc.runtime.checkpoints import last_checkpoint
     from peftc.runtime.groups import parameter_groups
 
 __version__ = "0.1.0"
@@ -22,12 +23,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "PeftcError": "peftc.diagnostics",
     "apply": "peftc.runtime.api",
+    "last_checkpoint": "peftc.runtime.checkpoints",
     "load": "peftc.runtime.api",
     "load_rule": "peftc.lang.loader",
     "parameter_groups": "peftc.runtime.groups",
 }
 
-__all__ = ["PeftcError", "__version__", "apply", "load", "load_rule", "parameter_groups"]
+__all__ = ["PeftcError", "__version__", "apply", "last_checkpoint", "load", "load_rule", "parameter_groups"]
 
 
 def __getattr__(name: str) -> object:

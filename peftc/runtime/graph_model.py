@@ -100,15 +100,23 @@ class GraphModel(HoldsStates, Generates):
         model: Any = self
         key = (self.variant(), _kinds(model, surgery.plan), call_key(specs, flags))
         if key not in surgery.programs:
-            program = analyse(self.skeleton(), specs, flags, layout)
-            one = gathered_dtype(model)
-            now = {name: one or model.get_parameter(name).dtype for name in surgery.plan.parameters}
-            plan = rewrite(program, surgery.rule, dtypes=now, fresh=surgery.plan.trained)
-            check_same(surgery.plan, plan)
-            if layout is not None and (reason := across(program)) is not None:
-                refuse_cache(type(self).__name__, reason)
-            surgery.programs[key] = program
+            trace: Any = self._trace  # the decorator hides the signature
+            surgery.programs[key] = trace(specs, flags, layout)
         return surgery.programs[key]
+
+    @torch.compiler.disable
+    def _trace(self, specs: Mapping[str, InputSpec], flags: Mapping[str, Any], layout: CacheLayout | None) -> Program:
+        """Not compiled: torch.compile breaks its graph here at the first call of a kind, and no more."""
+        surgery = self._surgery
+        model: Any = self
+        program = analyse(self.skeleton(), specs, flags, layout)
+        one = gathered_dtype(model)
+        now = {name: one or model.get_parameter(name).dtype for name in surgery.plan.parameters}
+        plan = rewrite(program, surgery.rule, dtypes=now, fresh=surgery.plan.trained)
+        check_same(surgery.plan, plan)
+        if layout is not None and (reason := across(program)) is not None:
+            refuse_cache(type(self).__name__, reason)
+        return program
 
     def variant(self) -> tuple[Any, ...]:
         """What of the model, beside the inputs of a call, a trace of it depends on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,9 +19,7 @@ _SEQUENCE = frozenset({
 _FROM_CONFIG: Final = ("output_hidden_states", "output_attentions")
 _FOR_FLASH: Final = ("max_length_q", "max_length_k")
 _PLAIN: Final = (bool, int, float, str)
-
-
-_signature = functools.cache(inspect.signature)
+_SIGNATURES: Final[dict[Callable[..., Any], inspect.Signature]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +67,13 @@ def read_call(forward: Callable[..., Any], config: Any, args: tuple[Any, ...], k
         if not isinstance(value, _PLAIN):
             fail("E041", f"an adapted model takes no {type(value).__name__} as `{name}`", help="give tensors")
     return Call(tensors, flags, as_tuple, cached, cache, encoded)
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """Kept by hand: torch.compile traces through what `functools.cache` wraps, and warns of it."""
+    if forward not in _SIGNATURES:
+        _SIGNATURES[forward] = inspect.signature(forward)
+    return _SIGNATURES[forward]
 
 
 def _encoded(given: Any) -> Any:
