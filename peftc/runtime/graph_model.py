@@ -81,6 +81,10 @@ class GraphModel(HoldsStates, Generates):
     _surgery: Surgery
     supports_gradient_checkpointing = True
 
+    def _get_name(self) -> str:
+        """The base's name: the Trainer looks it up to know whether a label is its token's or the next one's."""
+        return self._surgery.base_class.__name__
+
     @property
     def surgery(self) -> Surgery:
         """The rule, plan and traces of this model."""

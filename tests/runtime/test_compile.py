@@ -1,4 +1,4 @@
-"""torch.compile of an adapted model: one graph without a break once a call was seen, the same numbers, in training too."""
+"""torch.compile of an adapted model: one graph once a call was seen, the same numbers, in training too."""
 
 from __future__ import annotations
 
