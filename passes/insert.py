@@ -97,7 +97,7 @@ class _Inserter:
 
     def _stack_source(self) -> fx.Node:
         site = self.edit.site
-        return site.taps["out"].node if "out" in site.taps else self.tap.node
+        return site.anchor if "out" in site.taps else self.tap.anchor
 
     def _start(self, extra: list[fx.Node]) -> fx.Node:
         """The first place where every operand exists."""
@@ -105,6 +105,8 @@ class _Inserter:
         operands += [node for node in self.parameters.values() if node is not None]
         start = latest(self.program.graph, [*operands, *self.program.bindings])
         self._refuse_late(start, operands)
+        if self.tap.stacked and self.tap.user is not None:
+            return self.tap.user.prev  # as late as can be: the weights of one mixture at a time are made and forgotten
         return start
 
     def _refuse_late(self, start: fx.Node, operands: list[fx.Node]) -> None:

@@ -11,6 +11,7 @@ from peftc.ir.program import Program, operand
 from peftc.ir.sites import Linear, Site, as_linear
 from peftc.locate.attention import find_attention
 from peftc.locate.blocks import assign_blocks, model_site
+from peftc.locate.experts import find_experts
 from peftc.locate.ffn import find_ffn
 from peftc.locate.mixture import find_mixtures
 from peftc.locate.plain import find_plain
@@ -36,8 +37,8 @@ class Locate:
         attention = find_attention(program, linears)
         taken = {linear.node for site in attention for linear in site.linears.values()}
         ffns = find_ffn(program, linears, taken)
-        composed = [*attention, *ffns, *find_mixtures(program, linears, ffns)]
-        plain = find_plain(program, linears)
+        composed = [*attention, *ffns, *find_mixtures(program, ffns)]
+        plain = [*find_experts(program), *find_plain(program, linears)]
         _assign_roles(program, composed, plain)
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         found = sorted([*composed, *plain], key=lambda site: order[_anchor(site)])
@@ -46,7 +47,7 @@ class Locate:
 
 
 def _anchor(site: Site) -> fx.Node:
-    return site.taps["out"].node
+    return site.anchor
 
 
 def _assign_roles(program: Program, composed: list[Site], plain: list[Site]) -> None:

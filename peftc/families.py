@@ -61,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": Family("llama", "LlamaForCausalLM", _GROUPED),
     "mistral": Family("mistral", "MistralForCausalLM", {**_GROUPED, "sliding_window": 8}),
+    "mixtral": Family("mixtral", "MixtralForCausalLM", {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "gemma2": Family(
         "gemma2",
         "Gemma2ForCausalLM",

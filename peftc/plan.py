@@ -177,7 +177,10 @@ def _planned(
                 span=delta.span_at("expect"),
                 help="`peftc sites` shows what the model has",
             )
-        edits.extend(_edits(rule, program, delta, sites, kinds, collector, located, carried))
+        own_edits = list(_edits(rule, program, delta, sites, kinds, collector, located, carried))
+        if not own_edits and delta.optional.issuperset(delta.modify):
+            _report_missing(delta, " or ".join(delta.modify), sites, collector)
+        edits.extend(own_edits)
     edits = arranged(edits)
     named = (name for name in base if name in fresh or _is_trained(rule, name))
     trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
@@ -259,6 +262,8 @@ def site_statics(rule: Rule, delta: Delta, site: Site, tap: str, sources: Mappin
     env.update({name: value for name, value in site.dims.items() if name not in ("d_in", "d_out")})
     value = site.taps[tap]
     shape = value.canonical_shape
+    if value.stacked:  # one weight or bias for each expert
+        shape = shape[1:]
     weight = tap == "weight" or (value.is_parameter and len(shape) > 1)
     env["d_out"] = int(shape[0]) if weight else value.width  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
     if weight and len(shape) > 1:

@@ -50,7 +50,7 @@ class _Rewriter:
         }
         self.held = edit.held(program)
         self.first = next(reversed(program.bindings))
-        stack = self.site.taps["out"].node if "out" in self.site.taps else self.first
+        stack = self.site.anchor if "out" in self.site.taps or self.site.kind == "experts" else self.first
         self.builder = Builder(program, self.first, label=edit.label, like=stack)
         self.dtype = self._dtype()
         self.raw: dict[tuple[str, int], fx.Node] = {}

@@ -168,6 +168,6 @@ class ParameterUpdate:
     def apply(self, name: str, tensor: torch.Tensor, read: Read) -> torch.Tensor:
         insertion = self.decision.insertion
         transposed = insertion.site.taps[insertion.tap].layout == "transposed"
-        h = tensor.t() if transposed else tensor
+        h = tensor.transpose(-2, -1) if transposed else tensor
         value = evaluate(self.program, insertion.after, {insertion.before: h}, read, tensor.dtype)
-        return value.t() if transposed else value
+        return value.transpose(-2, -1) if transposed else value

@@ -26,17 +26,21 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 Layout = Literal["flat", "bshd", "bhsd", "transposed"]
-"""flat: as it is; bshd, bhsd: heads split from a flat representation; transposed: a weight stored [in, out]."""
+"""flat: as it is; bshd, bhsd: heads split from a flat representation; transposed: a weight stored [.., in, out]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A named value of a site. `user` limits a replacement to one consumer (a weight that is tied elsewhere)."""
+    """A named value of a site. `user` limits a replacement to one consumer (a weight that is tied elsewhere).
+
+    `stacked` says that a parameter holds one weight or bias for each expert along its first axis.
+    """
 
     name: str
     node: fx.Node
     layout: Layout = "flat"
     user: fx.Node | None = None
+    stacked: bool = False
 
     def current(self, program: Program) -> fx.Node:
         """The node that carries the tap's value now."""
@@ -48,7 +52,7 @@ class Tap:
         """The tap's value in canonical layout (new nodes only when the graph holds another layout)."""
         node = self.current(program)
         if self.layout == "transposed":
-            return builder.call(aten.transpose.int, node, 0, 1)
+            return builder.call(aten.transpose.int, node, -2, -1)
         if self.layout == "bhsd":
             node = builder.call(aten.transpose.int, node, 1, 2)
         if self.layout in ("bhsd", "bshd"):
@@ -64,7 +68,7 @@ class Tap:
         """
         old = self.current(program)
         if self.layout == "transposed":
-            value = builder.call(aten.transpose.int, value, 0, 1)
+            value = builder.call(aten.transpose.int, value, -2, -1)
         elif self.layout in ("bhsd", "bshd"):
             heads, width = shape_of(self.node)[2 if self.layout == "bshd" else 1], shape_of(self.node)[-1]
             value = builder.call(aten.unflatten.int, value, -1, [heads, width])
@@ -85,20 +89,25 @@ class Tap:
         return self.user is not None and self.node.op == "placeholder"
 
     @property
+    def anchor(self) -> fx.Node:
+        """The node that says where in the graph the tap is: of a parameter the one that reads it."""
+        return self.user if self.user is not None and self.is_parameter else self.node
+
+    @property
     def width(self) -> int:
         """The last axis of the canonical value; 0 where that is the sequence."""
         shape = shape_of(self.node)
         if not shape or not isinstance(shape[-1], int):
             return 0
         if self.layout == "transposed":
-            return int(shape[0])
+            return int(shape[-2])
         return int(shape[-1] * (shape[-2] if self.layout == "bshd" else shape[1] if self.layout == "bhsd" else 1))
 
     @property
     def canonical_shape(self) -> tuple[object, ...]:
         shape = shape_of(self.node)
         if self.layout == "transposed":
-            return (shape[1], shape[0])
+            return (*shape[:-2], shape[-1], shape[-2])
         if self.layout == "bhsd":
             return (shape[0], shape[2], shape[1] * shape[3])
         return (*shape[:-2], shape[-2] * shape[-1]) if self.layout == "bshd" else shape
@@ -176,6 +185,11 @@ class Site:
     """What tells sites under one path apart, where their linear layers do not."""
     series: dict[str, tuple[Tap, ...]] = field(default_factory=dict)
     """Taps that are several values of one kind, such as the outputs of a model; `taps` holds the first."""
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node that says where in the graph the site is."""
+        return (self.taps.get("out") or next(iter(self.taps.values()))).anchor
 
     def describe(self) -> str:
         words = [self.kind]

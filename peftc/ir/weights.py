@@ -27,6 +27,8 @@ _ROLES = {
 
 def weight_behind(program: Program, site: Site, tap: str) -> Stored | None:
     """The weight that makes `tap`, or the site's own; None where no single stored weight does."""
+    if site.kind == "experts":
+        return parameter_at(program, site.taps[tap])
     if "weight" in site.taps:
         return parameter_at(program, site.taps["weight"])
     roles = _ROLES.get((site.kind, tap), ())

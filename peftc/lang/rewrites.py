@@ -20,7 +20,7 @@ from peftc.lang.expr import calls_in, name_nodes
 from peftc.lang.forms import param_expressions
 from peftc.lang.inits import check_init_names
 from peftc.lang.reading import Reader, Scope
-from peftc.lang.rows import RowReader, keys_in, spans_of, values_of, whole
+from peftc.lang.rows import RowReader, keys_in, spans_of, values_of, whole, without_mark
 from peftc.lang.rule import Delta, Expr, Form, Param, Scalar
 from peftc.lang.sites import DIMS
 from peftc.lang.tree import MappingNode, ScalarNode
@@ -102,7 +102,7 @@ class RewriteReader(RowReader):
             self.collector.error("E009", message, span=given.span, help=help)
         for place, item in given.entries.values() if isinstance(given, MappingNode) else ():
             name = place.text.removesuffix("?")
-            self._tap(node, ScalarNode(name, name, place.span, place.start, place.end, place.exact), ())
+            self._tap(node, without_mark(place), ())
             known = all(name in taps for taps in self.kinds.of(node).values())
             if known and isinstance(item, ScalarNode):
                 found.append((name, place, item))

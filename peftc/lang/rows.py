@@ -88,6 +88,7 @@ class RowReader:
             key.span,
             spans_of(node),
             sources=sources,
+            optional=_optional(node),
         )
         check_composition(delta, self.collector)
         return self.started(delta, {*self.declared, *arguments, *form.args})
@@ -142,7 +143,8 @@ class RowReader:
         return tuple(self.kinds.of(node))
 
     def _taps(self, node: MappingNode) -> tuple[str, ...]:
-        found = words(node.get("modify"))
+        """The taps of `modify`; a `?` at the end of one says that some sites may lack it."""
+        found = [without_mark(item) for item in words(node.get("modify"))]
         for item in found:
             self._tap(node, item, ())
         self._distinct(node.get("modify"), found, "a tap")
@@ -276,6 +278,16 @@ class RowReader:
         if layers is None and node is not None:
             self.collector.error("E009", f"`{text}` names no layer", span=node.span, help="as in 0-5, or first 4")
         return layers
+
+
+def without_mark(tap: ScalarNode) -> ScalarNode:
+    """The name of a tap as it is written, less the `?` of one that a site may lack."""
+    name = tap.text.removesuffix("?")
+    return tap if name == tap.text else ScalarNode(name, name, tap.span, tap.start, tap.end, tap.exact)
+
+
+def _optional(node: MappingNode) -> frozenset[str]:
+    return frozenset(item.text.removesuffix("?") for item in words(node.get("modify")) if item.text.endswith("?"))
 
 
 def _read_by_row(params: tuple[Param, ...], lets: Mapping[str, Expr], compose: Expr) -> set[str]:

@@ -216,7 +216,7 @@ class Delta:
     sets: dict[str, Expr] = field(default_factory=dict)
     """An entry of `rewrite:`: what becomes of each tap of `modify`. Its `form` is empty and `compose` is not read."""
     optional: frozenset[str] = frozenset()
-    """Taps of `sets` that a site may lack."""
+    """Taps of `modify` that a site may lack."""
     value: Expr | None = None
     """An entry of `carry:`: what it computes at each site. It modifies nothing, and its `form` is empty."""
     places: dict[str, str | None] = field(default_factory=dict)

@@ -136,7 +136,10 @@ class DeltaFile(_Model):
     """One row of the table."""
 
     at: Words = Field(description="which sites of the model: " + ", ".join(SITES))
-    modify: Words = Field(description="the tap that is changed, called h in `compose`: such as out, heads or weight")
+    modify: Words = Field(
+        description="the tap that is changed, called h in `compose`: such as out, heads or weight; "
+        "gate? where some sites have none"
+    )
     form: Value | InlineForm = Field(description="the function dh = f(x): a form's name, an expression, or a mapping")
     insert: Word = Field("parallel", description="what x is: parallel (the site's input), sequential (h), or a tap")
     compose: Expression = Field("h + dh", description="what becomes of h and dh: an expression, or add, gate, prepend")

@@ -5,6 +5,7 @@ from __future__ import annotations
 SITES: dict[str, tuple[str, ...]] = {
     "attention": ("x", "ctx", "q", "k", "v", "heads", "concat", "out"),
     "ffn": ("x", "gate", "up", "mid", "out", "residual"),
+    "experts": ("gate_up", "gate", "up", "down", "gate_up_bias", "gate_bias", "up_bias", "down_bias"),
     "linear": ("x", "out", "weight", "bias"),
     "conv": ("x", "out", "weight", "bias"),
     "embedding": ("out", "weight"),
@@ -31,6 +32,7 @@ DIMS = (
     "kv_heads",
     "head_dim",
     "key_dim",
+    "experts",
     "layer",
     "layers",
     "has_bias",
@@ -43,6 +45,7 @@ COMPOSITIONS = ("add", "gate", "prepend")
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "out"),
     "ffn": ("gate", "up", "out"),
+    "experts": ("gate_up", "gate", "up", "down"),
     "linear": ("x", "out", "weight", "bias"),
     "conv": ("x", "out", "weight", "bias"),
     "embedding": ("out", "weight"),

@@ -31,7 +31,7 @@ def assign_blocks(program: Program, sites: list[Site]) -> list[Site]:
         site.block = next((block for block in blocks if _inside(site.path, block)), "")
     stack_of = _stacks(sites)
     for site in sites:
-        site.stack = stack_of((site.taps["out"] if "out" in site.taps else site.taps["weight"]).node)
+        site.stack = stack_of(site.anchor)
     counters: dict[str, int] = {}
     layers: dict[str, int] = {}
     stacks: dict[str, str] = {}

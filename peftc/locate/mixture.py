@@ -12,18 +12,16 @@ import torch
 from torch import fx
 
 from peftc.ir.program import Program, is_call, module_path, shape_of
-from peftc.ir.sites import Linear, Site, Tap
+from peftc.ir.sites import Site, Tap
+from peftc.locate.experts import Stacked, products_before, stacked_products
 from peftc.locate.walk import (
     DROPOUT,
-    NONLINEAR,
     NORMS,
     PIECES,
     POINTWISE,
     VIEWS,
-    backward,
     common_path,
     inputs_of,
-    is_size,
     is_tensor,
     skip_back,
 )
@@ -44,49 +42,32 @@ _TO_SUM = (
 """What the experts' results go through on their way to the residual: weights, the sum over experts, norms."""
 
 
-def find_mixtures(program: Program, linears: dict[fx.Node, Linear], ffns: list[Site]) -> list[Site]:
+def find_mixtures(program: Program, ffns: list[Site]) -> list[Site]:
     """Every mixture of experts that has no shared expert among `ffns`, in graph order."""
-    stacked = {node: data for node in program.graph.nodes if (data := _data_of(program, node)) is not None}
+    stacked = stacked_products(program)
     taken = {skip_back(site.taps["x"].node) for site in ffns}
     sites: dict[fx.Node, Site] = {}
-    for down, data in stacked.items():
-        site = _site(down, data, stacked, linears)
+    for down in stacked.values():
+        site = _site(down, products_before(down, stacked))
         if site is not None and skip_back(site.taps["x"].node) not in taken:
             sites.setdefault(site.taps["out"].node, site)
     return list(sites.values())
 
 
-def _data_of(program: Program, node: fx.Node) -> fx.Node | None:
-    """What a product with a stacked weight multiplies, or None where `node` is no such product."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", "")
-    if node.op != "call_function" or not (name in ("bmm", "matmul") or "grouped_mm" in name):
-        return None
-    operands = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
-    weights = [o for o in operands if program.parameter_name(w := skip_back(o)) and w.meta["val"].dim() == 3]
-    others = [operand for operand in operands if operand not in weights]
-    return others[0] if len(weights) == 1 and len(others) == 1 else None
-
-
-def _site(down: fx.Node, data: fx.Node, stacked: dict[fx.Node, fx.Node], linears: dict[fx.Node, Linear]) -> Site | None:
-    region = backward([data], lambda node: node in stacked or node in linears or is_size(node))
-    ups = [node for node in region if node in stacked]
-    if not ups or not any(is_call(node, *NONLINEAR) for node in region):
-        return None
-    x = _hidden_state(stacked[ups[0]])
-    joined = None if x is None else _residual(down, x)
+def _site(down: Stacked, ups: list[Stacked]) -> Site | None:
+    x = _hidden_state(ups[0].data) if ups else None
+    joined = None if x is None else _residual(down.node, x)
     if x is None or joined is None:
         return None
     out, residual = joined
-    inner = int(shape_of(data)[-1])
-    gated = len(ups) > 1 or shape_of(ups[0])[-1] == 2 * inner
-    path = common_path([module_path(down), module_path(out)])
+    gated = len(ups) > 1 or ups[0].d_out == 2 * down.d_in
+    path = common_path([module_path(down.node), module_path(out)])
     why = "the hidden values of a mixture are rows sorted by expert"
     return Site(
         "ffn",
         path,
         {"x": Tap("x", x), "out": Tap("out", out), "residual": Tap("residual", residual)},
-        {"d_model": int(shape_of(x)[-1]), "d_ff": inner, "gated": gated},
+        {"d_model": int(shape_of(x)[-1]), "d_ff": down.d_in, "gated": gated},
         missing=dict.fromkeys(("gate", "up", "mid"), why),
     )
 

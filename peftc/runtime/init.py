@@ -74,7 +74,7 @@ class Initializer:
     def _source(self, what: Source, streams: dict[str, torch.Generator]) -> torch.Tensor:
         if isinstance(what, Stored):
             tensor = self._read(what.name).detach().cpu()
-            tensor = tensor.t() if what.transposed else tensor
+            tensor = tensor.transpose(-2, -1) if what.transposed else tensor
             return tensor if what.rows is None else tensor[list(what.rows)]
         if isinstance(what, Saved):
             return self._saved(what)

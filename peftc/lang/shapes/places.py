@@ -17,6 +17,7 @@ from peftc.lang.sites import SITES
 _B, _S, _T = (symbol(name) for name in ("B", "S", "T"))
 _IN, _OUT, _MODEL, _INNER = (symbol(name) for name in ("d_in", "d_out", "d_model", "d_ff"))
 _HEADS, _KV, _WIDTH, _KEY = (symbol(name) for name in ("heads", "kv_heads", "head_dim", "key_dim"))
+_EXPERTS = symbol("experts")
 
 _LAST: dict[tuple[str, str], Polynomial] = {
     ("attention", "x"): _MODEL,
@@ -48,6 +49,13 @@ _LEAD: dict[tuple[str, str], tuple[Polynomial, ...]] = {
     ("model", "embeddings"): (_B, _S),
 }
 """The axes in front, where their number is known; an FFN or a linear may be fed rows without a batch axis."""
+
+_OUTER: dict[str, Polynomial] = {"gate_up": _INNER + _INNER, "gate": _INNER, "up": _INNER, "down": _MODEL}
+_STACKED: dict[str, tuple[Polynomial, ...]] = {
+    **{f"{name}_bias": (_EXPERTS, size) for name, size in _OUTER.items()},
+    **{name: (_EXPERTS, size, _INNER if name == "down" else _MODEL) for name, size in _OUTER.items()},
+}
+"""The taps of experts, all of them parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,8 @@ def _place(delta: Delta, site: str, tap: str) -> Place:
 
 def _shape(site: str, tap: str, last: Polynomial | None) -> Shape:
     """The shape of a tap whose last axis is `last`."""
+    if site == "experts":
+        return Shape(_STACKED[tap])
     if site == "conv" and tap != "bias":
         return UNKNOWN
     if tap == "bias" or (site, tap) == ("norm", "weight"):
@@ -110,6 +120,8 @@ def _source(insert: str, site: str, tap: str) -> str | None:
 def _aliases(site: str, tap: str, source: str | None) -> dict[str, Polynomial]:
     """What `d_in` and `d_out` are by another name."""
     found: dict[str, Polynomial] = {}
+    if site == "experts":
+        return {"d_out": _STACKED[tap][1], "d_in": _STACKED[tap][-1]}
     h = _LAST.get((site, tap))
     if h is not None and h != _OUT:
         found["d_out"] = h
