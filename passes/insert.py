@@ -50,8 +50,13 @@ class Insert:
             elif edit.delta.sets:
                 program.ledger.extend(rewrite_site(program, edit))
             else:
-                program.ledger.append(_Inserter(program, edit, self.plan.rule.hyper).insert())
+                program.ledger.append(insert_edit(program, edit, self.plan.rule.hyper))
         program.graph.lint()
+
+
+def insert_edit(program: Program, edit: Edit, hypers: Mapping[str, Hyper]) -> Insertion:
+    """Write one edit that changes one tap; its entry for the ledger. Raises `PeftcError` E013, E024."""
+    return _Inserter(program, edit, hypers).insert()
 
 
 class _Inserter:

@@ -26,6 +26,7 @@ PASSES: dict[str, str] = {
     "normalize": "peftc.passes.normalize:Normalize",
     "locate": "peftc.passes.locate:Locate",
     "insert": "peftc.passes.insert:Insert",
+    "mix": "peftc.passes.mix:Mix",
     "freeze": "peftc.passes.freeze:Freeze",
     "set-mode": "peftc.passes.set_mode:SetMode",
     "fold": "peftc.passes.fold:Fold",

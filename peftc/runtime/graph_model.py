@@ -70,6 +70,10 @@ class Surgery:
         planned = tuple(self.plan.parameters[name].dtype for name in self.plan.one_of_each_dtype)
         self.programs[_variant(model), planned, call_key(inputs, {})] = program
 
+    def rewrite(self, program: Program, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Rewrite a program of the model, whose delta parameters have these dtypes now, as the first one was."""
+        check_same(self.plan, rewrite(program, self.rule, dtypes=dtypes, fresh=self.plan.trained))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Surgery:
         own = {name: dict(getattr(self, name)) for name in ("programs", "skeletons", "layouts", "cuts", "uncached")}
         return replace(self, executors={}, **own)
@@ -115,9 +119,8 @@ class GraphModel(HoldsStates, Generates):
         model: Any = self
         program = analyse(self.skeleton(), specs, flags, layout)
         one = gathered_dtype(model)
-        now = {name: one or model.get_parameter(name).dtype for name in surgery.plan.parameters}
-        plan = rewrite(program, surgery.rule, dtypes=now, fresh=surgery.plan.trained)
-        check_same(surgery.plan, plan)
+        state = state_of(model)
+        surgery.rewrite(program, {name: one or state[name].dtype for name in surgery.plan.parameters})
         if layout is not None and (reason := across(program)) is not None:
             refuse_cache(type(self).__name__, reason)
         return program
@@ -246,8 +249,8 @@ def _variant(model: Any) -> tuple[Any, ...]:
 
 def _kinds(model: Any, plan: Plan) -> tuple[torch.dtype, ...]:
     """The dtypes that the deltas have now (a user may have converted the model), one of each that the plan has."""
-    one = gathered_dtype(model)
-    return tuple(one or model.get_parameter(name).dtype for name in plan.one_of_each_dtype)
+    one, state = gathered_dtype(model), state_of(model)
+    return tuple(one or state[name].dtype for name in plan.one_of_each_dtype)
 
 
 @functools.cache

@@ -17,16 +17,22 @@ def state_of(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 class _State(Mapping[str, torch.Tensor]):
-    __slots__ = ("_held", "_model", "_states")
+    __slots__ = ("_held", "_mixed", "_model", "_states")
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._states: States | None = model.__dict__.get("_states")
         self._held = self._states.active if self._states is not None else None
+        self._mixed = self._states.mixed if self._states is not None else None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         states, held = self._states, self._held
-        if states is not None and held is not None and (states.bare or states.active is not held):
+        if states is not None and self._mixed is not None:
+            found = self._mixed.tensor(states, name)
+            if isinstance(found, torch.Tensor):
+                return found
+            name = found
+        elif states is not None and held is not None and (states.bare or states.active is not held):
             name = states.place(held, name)  # activations are computed again after a switch
         path, _, leaf = name.rpartition(".")
         return getattr(self._model.get_submodule(path), leaf)

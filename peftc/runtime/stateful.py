@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class HoldsStates:
         """Raise E047 inside a block that has chosen states."""
         states = self._states
         block = "disable" if states.bare else "per_sample" if states.rows is not None else ""
+        block = block or ("mix" if states.mixed is not None else "")
         if block:
             fail("E047", f"`{name}` cannot be {done} inside {block}()", help="leave the block first")
 
@@ -104,9 +105,33 @@ class HoldsStates:
             own.rows = before
 
     @contextlib.contextmanager
+    def mix(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """Inside, the model answers with several states together, each weighted: `{"de": 0.7, "fr": 0.3}`.
+
+        Every value h that a delta changes becomes h + Σ w (h' - h), h' being what a state makes of it, and so does
+        every base tensor that a rule trains; see `peftc.passes.mix`. The states train as each does when it is active,
+        so run `backward` inside. A set of states is traced once, whatever the weights. Raises `PeftcError` E047 for a
+        state that is not there, E048 for one whose deltas change no value alone (prompts, `rewrite`, `carry`).
+        """
+        from peftc.runtime.mixing import mixture
+
+        own = self._states
+        self._outside("mixed", ", ".join(map(str, weights)))
+        mixed = mixture(own, weights)
+        self._have_base()
+        surgery, own.mixed, self._surgery = self._surgery, mixed, mixed.surgery
+        try:
+            with own.training(weights):
+                yield
+        finally:
+            own.mixed, self._surgery = None, surgery
+
+    @contextlib.contextmanager
     def saved_state(self, name: str | None) -> Iterator[None]:
-        """Inside, `name` (None: the active state) stands where a save reads. Raises `PeftcError` E047."""
+        """Inside, `name` (None: the active state) stands where a save reads. Raises `PeftcError` E047, E048."""
         states = self._states
+        if name is None and states.mixed is not None:
+            fail("E048", "a mixture is no set of deltas of one rule", help="save its states: `state=...`")
         state = states.active if name is None else states.get(name)
         with states.shown(self, state):
             yield

@@ -26,6 +26,7 @@ from peftc.diagnostics import did_you_mean, fail
 
 if TYPE_CHECKING:
     from peftc.runtime.graph_model import Surgery
+    from peftc.runtime.mixing import JointSurgery, Mixture
 
 DEFAULT = "default"
 BASE = "base"
@@ -58,6 +59,11 @@ class State:
         parts = name.split(".")
         parts[parts.index(_DELTAS)] = parked_deltas(self.name)
         return ".".join(parts)
+
+    def boxed(self, name: str) -> str:
+        """The name of one of the base parameters that it has of its own while another's stands in its place."""
+        path, _, leaf = name.rpartition(".")
+        return ".".join(part for part in (path, _TRAINED, self.name, leaf) if part)
 
 
 def parked_deltas(state: str) -> str:
@@ -135,6 +141,10 @@ class States:
     """Whether the base's own tensors stand in the slots: inside `disable()`."""
     rows: Rows | None = None
     """The states of the rows of a batch: inside `per_sample()`."""
+    mixed: Mixture | None = None
+    """What answers inside `mix()`."""
+    joint: dict[tuple[str, ...], JointSurgery] = field(default_factory=dict)
+    """The graphs of several states together, by their names."""
 
     def get(self, name: str) -> State:
         """The state of this name. Raises `PeftcError` E047."""
@@ -207,12 +217,13 @@ class States:
         for slot in self.slots.values():
             slot.drop(state.name)
         del self.by_name[state.name]
+        self.joint = {names: surgery for names, surgery in self.joint.items() if state.name not in names}
 
     @contextlib.contextmanager
     def shown(self, model: Any, state: State | None) -> Iterator[None]:
         """Inside, the graph reads the tensors of `state`, or (None) the base runs; what trains stays as it is."""
-        before, bare, rows = self.active, self.bare, self.rows
-        self.rows = None
+        before, bare, surgery = self.active, self.bare, model._surgery
+        rows, mixed, self.rows, self.mixed = self.rows, self.mixed, None, None
         try:
             if state is None:
                 self.bare_slots()
@@ -222,7 +233,7 @@ class States:
             yield
         finally:
             self.seat(before)
-            model._surgery, self.rows = before.surgery, rows
+            model._surgery, self.rows, self.mixed = surgery, rows, mixed
             if bare:
                 self.bare_slots()
 

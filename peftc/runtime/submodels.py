@@ -82,6 +82,8 @@ def _traced(base: type[PreTrainedModel], path: str, own: type[PreTrainedModel]) 
 
 def _run(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     root = place.root
+    if root._states.mixed is not None:
+        fail("E048", f"inside mix() `{place.path}` is not called by itself", help="call the whole model")
     call = read_call(place.own.forward, root.get_submodule(place.path).config, args, kwargs)
     if call.cached or call.encoded is not None:
         what = "a cache" if call.cached else "`encoder_outputs`"
