@@ -33,6 +33,7 @@ def plan(
     num_labels: int | None = None,
 ) -> PlanReport:
     """What `apply` would do, and what would fold and how; nothing is written."""
+    from peftc.counts import counts_of
     from peftc.lang.loader import load_rule
     from peftc.passes.fold import analyse_folds
     from peftc.pipeline import rewrite
@@ -41,7 +42,7 @@ def plan(
     resolved = load_rule(rule, sets)
     base, skeleton, program = _program(model_dir, head, num_labels, NullProgress())
     result = rewrite(program, resolved, fresh=new_parameters(base, skeleton))
-    return PlanReport(base.path, result, analyse_folds(program))
+    return PlanReport(base.path, result, counts_of(result, program), analyse_folds(program))
 
 
 def apply(
@@ -59,6 +60,7 @@ def apply(
 
     Of the base's weights only those are read that an `init` of the rule names, one at a time.
     """
+    from peftc.counts import counts_of
     from peftc.lang.loader import load_rule
     from peftc.pipeline import rewrite
     from peftc.runtime.api import base_reference, new_parameters
@@ -95,7 +97,7 @@ def apply(
         support=support,
         progress=progress.update,
     )
-    return ApplyReport(Path(out), result)
+    return ApplyReport(Path(out), result, counts_of(result, program))
 
 
 def merge(

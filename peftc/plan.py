@@ -84,6 +84,8 @@ class Plan:
     base_sizes: dict[str, int]
     budget: Spent | None = None
     """How a budget of the rule was spent; `rule` then holds the value found."""
+    fresh: frozenset[str] = frozenset()
+    """Those of `trained` that the checkpoint does not hold."""
 
     @property
     def parameters(self) -> dict[str, DeltaParameter]:
@@ -195,7 +197,7 @@ def _planned(
                 help=did_you_mean(glob.pattern, {name.split(".")[0] + ".*" for name in base}),
             )
     collector.raise_if_errors()
-    plan = Plan(rule, tuple(edits), trained, sizes)
+    plan = Plan(rule, tuple(edits), trained, sizes, fresh=frozenset(trained).intersection(fresh))
     _refuse_absurd(plan)
     check_recipes(plan.parameters.values())
     return plan

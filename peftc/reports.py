@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftc.backends.hf import Checkpoint
     from peftc.backends.onnx import OnnxFiles
     from peftc.certify import Comparison
+    from peftc.counts import Counts
     from peftc.fold.decide import Decision
     from peftc.ir.program import Program
     from peftc.ir.sites import Site
@@ -98,6 +99,7 @@ class PlanReport:
 
     path: Path
     plan: Plan
+    counts: Counts
     decisions: list[Decision]
 
     def to_json(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ class PlanReport:
             "per_layer": per_layer(self.plan),
             "gaps": [gap.to_json() for gap in gaps(self.plan)],
             "overlaps": [overlap.to_json() for overlap in overlaps(self.plan)],
-            **counts_json(self.plan),
+            **counts_json(self.plan, self.counts),
             "parameters": {p.name: list(p.shape) for p in self.plan.parameters.values()},
             "trained_base": list(self.plan.trained),
             "lr": self.plan.rates,
@@ -120,7 +122,7 @@ class PlanReport:
         console.print(f"[bold]{self.plan.rule.name}[/bold] on {self.path}  [dim]{hyper}[/dim]")
         for name, values in per_layer(self.plan).items():
             console.print(f"{name} = {describe_layers(values)}")
-        render_deltas(console, self.plan)
+        render_deltas(console, self.plan, self.counts)
         for gap in gaps(self.plan):
             console.print(f"note: {gap.describe()}")
         for overlap in overlaps(self.plan):
@@ -134,34 +136,33 @@ class ApplyReport:
 
     out: Path
     plan: Plan
+    counts: Counts
 
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
             "rule": self.plan.rule.name,
-            **counts_json(self.plan),
+            **counts_json(self.plan, self.counts),
             "gaps": [gap.to_json() for gap in gaps(self.plan)],
         }
 
     def render(self, console: Console) -> None:
-        render_deltas(console, self.plan)
+        render_deltas(console, self.plan, self.counts)
         for gap in gaps(self.plan):
             console.print(f"note: {gap.describe()}")
         console.print(f"wrote [bold]{self.out}[/bold]; train it, then: peftc merge {self.out} --export onnx")
 
 
-def counts_json(plan: Plan) -> dict[str, Any]:
+def counts_json(plan: Plan, counts: Counts) -> dict[str, Any]:
     return {
-        "trained": plan.trained_count,
-        "stored": plan.stored_count,
-        "base": plan.base_count,
+        **counts.to_json(),
         "percent": round(plan.percent, 4),
         **({"budget": asdict(plan.budget)} if plan.budget is not None else {}),
         "sites": {delta.name: len(plan.sites_of(delta.name)) for delta in plan.rule.deltas},
     }
 
 
-def render_deltas(console: Console, plan: Plan) -> None:
+def render_deltas(console: Console, plan: Plan, counts: Counts) -> None:
     from rich.table import Table
 
     table = Table("delta", "form", "at", "sites", "parameters", box=None, pad_edge=False)
@@ -187,6 +188,7 @@ def render_deltas(console: Console, plan: Plan) -> None:
     for (name, rate), names in rates.items():
         console.print(f"learning rate of {name} ({len(names)} tensors): {rate:g} times the base's")
     console.print(f"trains {plan.trained_count:,} of {plan.base_count:,} parameters ({plan.percent:.2f} %)")
+    console.print(counts.describe())
     if plan.budget is not None:
         console.print(plan.budget.describe())
 

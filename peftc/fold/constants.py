@@ -60,9 +60,14 @@ def _is_read(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
 
 
 def _is_parameter(node: fx.Node, parameters: set[fx.Node]) -> bool:
+    return unwrapped(node) in parameters
+
+
+def unwrapped(node: fx.Node) -> fx.Node:
+    """The node behind ops that are no work."""
     while is_call(node, *_TRIVIAL):
         node = operand(node, 0)
-    return node in parameters
+    return node
 
 
 def _new_name(stem: str, taken: set[str]) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from peftc.agreement import check_same
+from peftc.counts import Counts, counts_of
 from peftc.diagnostics import fail
 from peftc.frontend.trace import LABELS, InputSpec, Skeleton, build_skeleton
 from peftc.ir.program import Program
@@ -217,12 +218,18 @@ class GraphModel(HoldsStates, Generates):
             help="use save_pretrained and peftc.load, or pickle its state_dict()",
         )
 
+    def parameter_counts(self) -> Counts:
+        """What the active state trains, what it stores, and its size by the paper's convention."""
+        surgery = self._surgery
+        return counts_of(surgery.plan, next(iter(surgery.programs.values())))
+
     def print_trainable_parameters(self) -> None:
-        """Print trained and total counts, as PEFT does."""
+        """Print trained and total counts in the line that PEFT prints, then the other ways of counting."""
         model: Any = self
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+        print(self.parameter_counts().describe())
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = _CHECKPOINT, every_n_layers: int = 1

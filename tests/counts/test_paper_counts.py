@@ -44,6 +44,11 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return config_only(tmp_path_factory.mktemp("roberta") / "model", ROBERTA_BASE)
+
+
+@pytest.fixture(scope="module")
 def located(bart: Path) -> Program:
     """The program of BART-large with its sites, traced once: a plan reads it and changes nothing."""
     cls, config = resolve(ModelDir.open(bart).config, bart, None, None)
@@ -56,11 +61,56 @@ def plan(rule: str, directory: Path, **hyper: object):
 
 
 def test_mam_on_bart_large_is_6_74_percent(bart: Path) -> None:
-    found = plan("mam", bart, l=30, r=512, bias="false")
-    assert found.trained_count == found.stored_count == 27_377_664
-    assert found.base_count == BART_LARGE_PARAMETERS
-    assert round(found.percent, 2) == 6.74
+    """With its biases, 24 times 512 and 1024, which train and are stored and which the paper does not count."""
+    report = driver.plan("mam", bart, {"l": 30, "r": 512})
+    counts, found = report.counts, report.plan
+    assert counts.trained == counts.stored == 27_377_664 + 24 * (512 + 1024)
+    assert counts.paper == 27_377_664
+    assert counts.base == BART_LARGE_PARAMETERS
+    assert counts.describe() == "stores 27,414,528; by the paper's convention 27,377,664 (6.74 %)"
     assert (len(found.sites_of("prefix")), len(found.sites_of("adapter"))) == (36, 24)
+
+
+@pytest.mark.parametrize(
+    ("rule", "hyper", "stored", "count"),
+    [
+        ("prefix_mlp", {"l": 16, "m": 800}, None, 12 * 2 * 16 * 768),  # the MLP is dropped after training
+        pytest.param("p_tuning", {}, None, 20 * 768, marks=pytest.mark.slow),
+        pytest.param("houlsby", {"r": 16}, None, 24 * 2 * 16 * 768, marks=pytest.mark.slow),
+        ("mh_pa", {"r": 4}, None, 12 * (12 * 4 * 768 + 768 * 4)),
+        ("vera", {"r": 16}, 24 * (16 + 768) + 2 * 2 * 16 * 768, 24 * (16 + 768)),  # of which the matrices are frozen
+        pytest.param("bitfit", {}, None, 12 * (7 * 768 + 3072) + 3 * 768 + 50265, marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_method_adds_to_roberta_base_as_the_paper_counts(
+    roberta: Path, rule: str, hyper: dict[str, object], stored: int | None, count: int
+) -> None:
+    counts = driver.plan(rule, roberta, hyper).counts
+    assert counts.paper == count
+    assert counts.stored == (stored or counts.trained)
+
+
+def test_a_model_tells_the_counts_that_its_plan_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    import transformers
+
+    import peftc
+
+    small = {**ROBERTA_BASE, "vocab_size": 99, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(**{**small, "num_attention_heads": 4})  # pyright: ignore[reportArgumentType]
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    model = peftc.apply("mam", tmp_path, set={"l": 3, "r": 4})
+    counts = model.parameter_counts()
+    assert counts == driver.plan("mam", tmp_path, {"l": 3, "r": 4}).counts
+    assert (counts.trained, counts.paper) == (counts.paper + 2 * (4 + 24), 2 * (2 * 3 * 24 + 2 * 4 * 24))
+    assert counts.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.print_trainable_parameters()
+    assert counts.describe() in capsys.readouterr().out
+    report = driver.plan("lora", tmp_path, {"r": 2}, head="sequence-classification", num_labels=3)
+    head = 24 * 24 + 24 + 24 * 3 + 3  # it trains and is stored; a head is no part of a method
+    assert report.counts.paper == 2 * 2 * 2 * 2 * 24
+    assert report.to_json()["trained"] == report.to_json()["stored"] == report.counts.paper + head
 
 
 @pytest.mark.parametrize(
@@ -76,9 +126,8 @@ def test_counts_on_bart_large(rule: str, hyper: dict[str, object], count: int, l
     assert found.trained_count == found.stored_count == count
 
 
-def test_mam_on_roberta_base(tmp_path: Path) -> None:
-    directory = config_only(tmp_path / "model", ROBERTA_BASE)
-    found = plan("mam", directory, l=16, r=16, bias="false")
+def test_mam_on_roberta_base(roberta: Path) -> None:
+    found = plan("mam", roberta, l=16, r=16, bias="false")
     assert found.trained_count == found.stored_count == 589_824
 
 
