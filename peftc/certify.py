@@ -34,6 +34,7 @@ SHAPES = (
 """Batch 1, batch > 1, and a sequence length that was not traced."""
 
 
+_TEXTS_AT_ONCE, _MOST_TOKENS = 8, 512
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "spiece.model")
 
 
@@ -49,6 +50,8 @@ class Comparison:
     tolerance: float
     scale: float
     """The largest finite magnitude of the unfolded output; beyond 1 the tolerance grows with it."""
+    top1: float | None = None
+    """Of a language model: the share of places at which both have the same most likely token."""
 
     @property
     def holds(self) -> bool:
@@ -60,27 +63,50 @@ class Comparison:
 
 Inputs = Mapping[str, "torch.Tensor"]
 Run = Callable[[Inputs], Sequence["torch.Tensor"]]
+Batches = list[tuple[str, Inputs]]
 
 
 def compare(
-    what: str, unfolded: Run, folded: Run, batches: Iterable[tuple[str, Inputs]], *, tolerance: float, dtype: str
+    what: str,
+    unfolded: Run,
+    folded: Run,
+    batches: Iterable[tuple[str, Inputs]],
+    *,
+    tolerance: float,
+    dtype: str,
+    vocabulary: int | None = None,
 ) -> list[Comparison]:
     """Run both on every batch. Rows of padding are left out where the batch has a mask.
 
     An entry that is no number on either side, or infinite on one, makes the difference so, and then nothing holds.
+    With a `vocabulary`, an output of that width is logits, and their most likely tokens are counted.
     """
-    results = []
-    for label, inputs in batches:
-        differences, sizes = [0.0], [0.0]
-        for a, b in zip(unfolded(inputs), folded(inputs), strict=True):
-            if not a.is_floating_point():
-                continue
-            a, b = real_rows(a.double(), inputs), real_rows(b.double(), inputs)
-            differences.append(float((a - b).abs().masked_fill(a == b, 0).max()))  # infinities that agree are equal
-            sizes.append(float(a.abs().masked_fill(a.isinf(), 0).max()))
-        absolute, scale = _largest(differences), _largest(sizes)
-        results.append(Comparison(what, label, dtype, absolute, absolute / max(scale, 1e-30), tolerance, scale))
-    return results
+    return [compared(what, label, i, unfolded(i), folded(i), tolerance, dtype, vocabulary) for label, i in batches]
+
+
+def compared(
+    what: str,
+    label: str,
+    inputs: Inputs,
+    unfolded: Sequence[torch.Tensor],
+    folded: Sequence[torch.Tensor],
+    tolerance: float,
+    dtype: str,
+    vocabulary: int | None = None,
+) -> Comparison:
+    """The comparison of two lists of outputs for one batch."""
+    differences, sizes, top1 = [0.0], [0.0], None
+    for a, b in zip(unfolded, folded, strict=True):
+        if not a.is_floating_point():
+            continue
+        a, b = real_rows(a.double(), inputs), real_rows(b.double(), inputs)
+        differences.append(float((a - b).abs().masked_fill(a == b, 0).max()))  # infinities that agree are equal
+        sizes.append(float(a.abs().masked_fill(a.isinf(), 0).max()))
+        if top1 is None and a.shape[-1] == vocabulary:
+            top1 = float((a.argmax(-1) == b.argmax(-1)).double().mean())
+    absolute, scale = _largest(differences), _largest(sizes)
+    relative = absolute / max(scale, 1e-30)
+    return Comparison(what, label, dtype, absolute, relative, tolerance, scale, top1)
 
 
 def _largest(values: Sequence[float]) -> float:
@@ -144,18 +170,36 @@ def _pad(tensors: dict[str, torch.Tensor]) -> None:
         mask[0, -(mask.shape[1] // 3) :] = 0
 
 
-def text_batches(directory: Path, specs: Mapping[str, InputSpec]) -> list[tuple[str, Inputs]]:
-    """A batch of real text, padded, when the model reads text and its tokenizer lies beside it."""
-    import torch
+def text_batches(
+    directory: Path, specs: Mapping[str, InputSpec], texts: Sequence[str] = ()
+) -> list[tuple[str, Inputs]]:
+    """Batches of `texts` (or `TEXTS`), padded, when the model reads text and its tokenizer lies beside it.
 
+    Long texts are cut. Raises `PeftcError` E014 when there are `texts` and no tokenizer to read them.
+    """
     if "input_ids" not in specs or not any((directory / file).exists() for file in _TOKENIZERS):
+        if texts:
+            fail("E014", f"--verify-with: {directory} has no tokenizer to read text with", help="leave it out")
         return []
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    encoded: dict[str, torch.Tensor] = dict(tokenizer(list(TEXTS), padding=True, return_tensors="pt"))
+    lines, most = list(texts or TEXTS), min(_MOST_TOKENS, tokenizer.model_max_length)
+    batches = []
+    for start in range(0, len(lines), _TEXTS_AT_ONCE):
+        chosen = lines[start : start + _TEXTS_AT_ONCE]
+        encoded = dict(tokenizer(chosen, padding=True, truncation=True, max_length=most, return_tensors="pt"))
+        label = f"text {start + 1} to {start + len(chosen)}" if texts else f"text, {len(chosen)} sentences"
+        batches.append((label, _completed(encoded, specs)))
+    return batches
+
+
+def _completed(encoded: Mapping[str, torch.Tensor], specs: Mapping[str, InputSpec]) -> dict[str, torch.Tensor]:
+    """What a tokenizer made, and the inputs that it does not make."""
+    import torch
+
     tensors = {name: encoded[name] for name in specs if name in encoded}
     ids = encoded["input_ids"]
     for name, spec in specs.items():
@@ -163,4 +207,4 @@ def text_batches(directory: Path, specs: Mapping[str, InputSpec]) -> list[tuple[
             length = ids.shape[1] if "sequence" in spec.sizes else 5
             shape = [ids.shape[0] if s == "batch" else length if isinstance(s, str) else s for s in spec.sizes]
             tensors[name] = _random(name, spec, shape, 2, torch.Generator().manual_seed(0))
-    return [(f"text, {len(TEXTS)} sentences", tensors)]
+    return tensors

@@ -5,7 +5,8 @@ Nothing here imports torch or transformers before a command runs, so `--help` an
     0    done
     1    a test of a rule does not hold (`peftc test`), or a bug of peftc, with its traceback
     2    a mistake of the user (`PeftcError`, or an unknown option), told on stderr; nothing was written
-    3    a merged or exported model does not compute what the adapted one does (E039); nothing was written
+    3    a merged or exported model does not compute what the adapted one does (E039; nothing was written), or is not
+         what was written (E054)
     130  interrupted by Ctrl-C or SIGTERM; what was there before is still whole
 
     $ peftc apply mam MODEL_DIR && peftc merge --export onnx
@@ -13,32 +14,19 @@ Nothing here imports torch or transformers before a command runs, so `--help` an
 
 from __future__ import annotations
 
-import json
 import signal
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import peftc
-from peftc import commands
+from peftc import commands, merge_commands
 from peftc.diagnostics import PeftcError, fail
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
+from peftc.shared_options import JsonOption, QuietOption, print_json, show
 
 USER_ERROR, PARITY_FAILED, INTERRUPTED = 2, 3, 130
-
-
-class Report(Protocol):
-    """What every driver function returns."""
-
-    def to_json(self) -> dict[str, Any]: ...
-
-    def render(self, console: Console) -> None: ...
 
 
 class Commands(TyperGroup):
@@ -49,18 +37,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except PeftcError as error:
             commands.print_diagnostics(error.diagnostics)
-            failed_parity = any(d.code == "E039" for d in error.diagnostics)
+            failed_parity = any(d.code in ("E039", "E054") for d in error.diagnostics)
             raise typer.Exit(PARITY_FAILED if failed_parity else USER_ERROR) from error
         except KeyboardInterrupt as stop:
             typer.echo("peftc: interrupted; nothing half-written was left behind", err=True)
             raise typer.Exit(INTERRUPTED) from stop
-
-
-class Export(str, Enum):
-    """What `merge` can write."""
-
-    hf = "hf"
-    onnx = "onnx"
 
 
 app = typer.Typer(
@@ -98,8 +79,6 @@ HeadOption = Annotated[
 LabelsOption = Annotated[
     int | None, typer.Option("--num-labels", min=1, help="Number of classes of a classification head.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no report.")]
 
 
 def _version(value: bool) -> None:
@@ -145,34 +124,7 @@ def apply(
             progress=progress,
         )
     if not quiet:
-        _show(report)
-
-
-@app.command(epilog="Example: [bold]peftc merge peftc-out -o merged --export hf --export onnx[/bold]")
-def merge(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A delta directory.")] = Path("peftc-out"),
-    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")] = Path("merged"),
-    export: Annotated[
-        list[Export] | None,
-        typer.Option("--export", help="What to write; may be repeated. Default: hf, a plain transformers checkpoint."),
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option("--base", metavar="MODEL_DIR", help="The base model, if it is no longer where `apply` found it."),
-    ] = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Fold a delta directory into its base model, check the result against torch, and write it."""
-    from peftc import driver
-    from peftc.progress import terminal_progress
-
-    formats = {choice.value for choice in export or [Export.hf]}
-    with terminal_progress(quiet=quiet) as progress:
-        report = driver.merge(
-            directory, out, export=formats, base=None if base is None else str(base), progress=progress
-        )
-    if not quiet:
-        _show(report)
+        show(report)
 
 
 @app.command(epilog="Example: [bold]peftc sites MODEL_DIR --head sequence-classification --num-labels 3[/bold]")
@@ -185,7 +137,7 @@ def sites(
     """Show what a rule can reach in a model: its sites, their taps and dimensions."""
     from peftc import driver
 
-    _show(driver.sites(model_dir, head=head, num_labels=num_labels), as_json=as_json)
+    show(driver.sites(model_dir, head=head, num_labels=num_labels), as_json=as_json)
 
 
 @app.command(epilog="Example: [bold]peftc plan mam MODEL_DIR --set r=64[/bold]")
@@ -201,7 +153,7 @@ def plan(
     values = parse_sets(sets)
     from peftc import driver
 
-    _show(driver.plan(rule, model_dir, values, head, num_labels), as_json=as_json)
+    show(driver.plan(rule, model_dir, values, head, num_labels), as_json=as_json)
 
 
 @app.command(epilog="Example: [bold]peftc rules --json[/bold]")
@@ -214,7 +166,7 @@ def rules(as_json: JsonOption = False) -> None:
     found, problems = survey()
     origins = {name: catalogue("").origin(name) for name in found}
     if as_json:
-        _print_json([entry(name, rule, origins[name]) for name, rule in found.items()])
+        print_json([entry(name, rule, origins[name]) for name, rule in found.items()])
     else:
         from rich.console import Console
 
@@ -222,6 +174,10 @@ def rules(as_json: JsonOption = False) -> None:
     commands.end_with(problems)
 
 
+app.command(epilog="Example: [bold]peftc merge peftc-out -o merged --export hf --export onnx[/bold]")(
+    merge_commands.merge
+)
+app.command(epilog="Example: [bold]peftc verify merged[/bold]")(merge_commands.verify)
 app.command(epilog="Example: [bold]peftc check mine.yaml --model MODEL_DIR[/bold]")(commands.check)
 app.command(epilog="Example: [bold]peftc test mine.yaml -k decoder[/bold]")(commands.test)
 app.command(epilog="Example: [bold]peftc explain E012[/bold]")(commands.explain)
@@ -244,19 +200,6 @@ def parse_sets(texts: list[str] | None) -> dict[str, str]:
             fail("E014", f"`--set {text}` is not NAME=VALUE", help="write it as --set r=64")
         values[name.strip()] = value.strip()
     return values
-
-
-def _show(report: Report, *, as_json: bool = False) -> None:
-    if as_json:
-        _print_json(report.to_json())
-        return
-    from rich.console import Console
-
-    report.render(Console())
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def main() -> None:

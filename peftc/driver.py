@@ -6,17 +6,19 @@ driver.merge("peftc-out", "merged", export={"hf", "onnx"})
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftc.progress import NullProgress, Progress
-from peftc.reports import ApplyReport, MergeReport, PlanReport, SitesReport
+from peftc.reports import ApplyReport, MergeReport, PlanReport, ScheduleReport, SitesReport
 
 if TYPE_CHECKING:
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
+    from peftc.merge import Options
     from peftc.store.model_dir import ModelDir
+    from peftc.verify import VerifyReport
 
 
 def sites(model_dir: str | Path, head: str | None = None, num_labels: int | None = None) -> SitesReport:
@@ -106,12 +108,59 @@ def merge(
     *,
     export: set[str] | None = None,
     base: str | Path | None = None,
+    precision: str = "float32",
+    max_shard: int | None = None,
+    outputs: bool = True,
+    texts: Sequence[str] = (),
+    allow_unchanged: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Fold a delta directory into its base and write the result to `out`, with a certificate."""
+    """Fold a delta directory into its base and write the result to `out`, with a certificate.
+
+    `precision` is what folds are computed in, `max_shard` the largest shard in bytes (default: the base's own shards),
+    `texts` what the outputs are compared on beside random inputs; without `outputs` only tensors are certified.
+    """
     from peftc.merge import merge as run
 
-    return run(Path(directory), Path(out), export=export or {"hf"}, base=base, progress=progress or NullProgress())
+    options = _options(export, precision, max_shard, outputs, texts, allow_unchanged)
+    return run(Path(directory), Path(out), base=base, progress=progress or NullProgress(), options=options)
+
+
+def merge_schedule(
+    directory: str | Path,
+    *,
+    base: str | Path | None = None,
+    max_shard: int | None = None,
+    progress: Progress | None = None,
+) -> ScheduleReport:
+    """What `merge` would write, shard by shard; nothing is."""
+    from peftc.merge import schedule
+
+    options = _options(None, "float32", max_shard, True, (), False)
+    return schedule(Path(directory), base, progress or NullProgress(), options)
+
+
+def verify(directory: str | Path, base: str | Path | None = None, progress: Progress | None = None) -> VerifyReport:
+    """Check a directory that `merge` wrote against its certificate."""
+    from peftc.verify import verify as run
+
+    return run(Path(directory), base, progress or NullProgress())
+
+
+def _options(
+    export: set[str] | None,
+    precision: str,
+    max_shard: int | None,
+    outputs: bool,
+    texts: Sequence[str],
+    allow_unchanged: bool,
+) -> Options:
+    import torch
+
+    from peftc.merge import Options
+
+    dtype: torch.dtype = getattr(torch, precision)
+    return Options(frozenset(export or {"hf"}), dtype, max_shard, outputs, tuple(texts), allow_unchanged)
 
 
 def _program(

@@ -1,229 +1,144 @@
 """Merging: a delta directory and its base become a plain checkpoint, an ONNX model, or both, with a certificate.
 
 Everything is written into a sibling of the destination and compared there with the unfolded model; the destination
-appears when it is whole and right.
+appears when it is whole and right. A checkpoint is streamed: the memory it takes does not grow with the model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils import _pytree as pytree
 
+from peftc.adapted import Adapted
 from peftc.backends import hf, onnx
-from peftc.certify import Comparison, Inputs, Run, compare, random_batches, refuse_failed, text_batches
+from peftc.certificate import CERTIFICATE, certificate, delta_digests, file_digest, refuse_nothing, refuse_unread
+from peftc.certify import refuse_failed
+from peftc.comparing import compare_checkpoint, compare_onnx
 from peftc.diagnostics import fail
-from peftc.fold.constants import evaluate_constants
-from peftc.fold.decide import Decision
+from peftc.fold.program_state import folded_program_state
 from peftc.fold.state import FoldedState
-from peftc.frontend.trace import InputSpec, Skeleton, build_skeleton, default_inputs
+from peftc.frontend.trace import InputSpec, default_inputs
 from peftc.passes.fold import Fold
-from peftc.pipeline import analyse, rewrite
 from peftc.progress import Progress
-from peftc.reports import MergeReport
-from peftc.runtime.api import load, new_parameters
-from peftc.runtime.delta_dir import DeltaDir
+from peftc.reports import MergeReport, ScheduleReport
 from peftc.runtime.state import state_of
-from peftc.store.atomic import atomic_directory, check_target
-from peftc.store.model_dir import ModelDir
+from peftc.store.atomic import atomic_directory, check_free_space, check_target
 
 if TYPE_CHECKING:
     from peftc.ir.program import Program
+    from peftc.plan import Plan
+    from peftc.runtime.unfolded import Unfolded
+    from peftc.store.model_dir import ModelDir
 
-CERTIFICATE = "certificate.json"
 
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
-"""Largest difference of outputs of order 1 that a certificate lets pass, by the dtype compared in."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to merge: `precision` is what folds are computed in, `max_shard` the bytes of a shard (None: as the base's),
+    `outputs` whether the outputs are compared, `texts` on what beside random inputs."""
+
+    export: frozenset[str] = frozenset({"hf"})
+    precision: torch.dtype = torch.float32
+    max_shard: int | None = None
+    outputs: bool = True
+    texts: tuple[str, ...] = ()
+    allow_unchanged: bool = False
 
 
 @dataclass(slots=True)
-class _Work:
-    """What both backends need."""
+class _Folded:
+    """A folded program, with what was planned and where its tensors are."""
 
-    delta: DeltaDir
-    source: ModelDir
-    model: Any
-    skeleton: Skeleton
-    progress: Progress
-    comparisons: list[Comparison] = field(default_factory=list)
-    read: dict[str, str] = field(default_factory=dict)
-    """sha256 of every delta tensor that was read."""
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """An unfolded tensor of the adapted model, by state-dict name."""
-        return state_of(self.model)[name].detach()
-
-    def fold(self, specs: Mapping[str, InputSpec]) -> tuple[Program, Fold]:
-        program = analyse(self.skeleton, specs)
-        rewrite(program, self.delta.rule, fresh=new_parameters(self.source, self.skeleton))
-        fold = Fold()
-        fold.apply(program)
-        return program, fold
-
-    def unfolded(self, specs: Mapping[str, InputSpec]) -> Run:
-        def run(inputs: Inputs) -> Sequence[torch.Tensor]:
-            with torch.no_grad():
-                return _tensors(self.model(**{name: inputs[name] for name in specs}))
-
-        return run
-
-    def batches(self, specs: Mapping[str, InputSpec]) -> list[tuple[str, Inputs]]:
-        vocabulary = getattr(self.skeleton.config.get_text_config(), "vocab_size", 100)
-        return [*random_batches(specs, vocabulary), *text_batches(self.source.path, specs)]
+    program: Program
+    plan: Plan
+    fold: Fold
+    read: Unfolded
 
 
-def merge(directory: Path, out: Path, *, export: set[str], base: str | Path | None, progress: Progress) -> MergeReport:
-    """Fold and write; see `peftc.driver.merge`. Raises `PeftcError` E034 to E040, E042, E043."""
+def merge(
+    directory: Path, out: Path, *, base: str | Path | None, progress: Progress, options: Options | None = None
+) -> MergeReport:
+    """Fold and write; see `peftc.driver.merge`. Raises `PeftcError` E030 to E040, E042, E043, E049."""
+    options = options or Options()
     progress.step("read the delta")
-    delta = DeltaDir.open(directory)
-    source = ModelDir.open(delta.base_dir(base))
-    for place, what in ((directory, "the delta directory"), (source.path, "the base model")):
-        if out.resolve() == place.resolve():
-            fail("E036", f"{out} is {what} itself", help="choose another directory with -o")
-    check_target(out, replace=True)
-    model: Any = load(directory, base)
-    skeleton = build_skeleton(model.surgery.base_class, _plain_config(model), model.dtype)
-    work = _Work(delta, source, model, skeleton, progress)
-    work.read = {name: _sha256(_finite(delta, name)) for name in delta.header.tensors}
+    adapted = Adapted.open(directory, base)
+    _check_places(directory, adapted, out)
+    digests = delta_digests(adapted.delta)
     progress.step("fold")
-    program, fold = work.fold(default_inputs(skeleton.model))
-    if "hf" in export:
-        hf.refuse_kept(fold.decisions)
+    folded = _fold(adapted, default_inputs(adapted.skeleton.model))
+    plan = _plan_checkpoint(adapted, folded, options) if "hf" in options.export else None
     with atomic_directory(out, replace=True) as fresh:
-        report = MergeReport(out, fold.decisions, model.surgery.plan)
-        if "hf" in export:
-            report.checkpoint = _write_checkpoint(work, fresh, program, fold)
-        if "onnx" in export:
-            report.onnx = _write_onnx(work, fresh, report)
-        refuse_failed(work.comparisons)
-        report.comparisons = work.comparisons
-        certificate = _certificate(work, report)
-        (fresh / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+        report = MergeReport(out, folded.fold.decisions, folded.plan)
+        if plan is not None:
+            check_free_space(out, plan.nbytes)
+            progress.step("write checkpoint")
+            report.checkpoint = plan.write(fresh, progress.update)
+            refuse_unread(adapted.delta, folded.read, folded.plan)
+            refuse_nothing(report.checkpoint, allowed=options.allow_unchanged)
+            if options.outputs:
+                progress.step("compare with the unfolded model")
+                report.comparisons += compare_checkpoint(adapted, fresh, options.texts)
+        if "onnx" in options.export:
+            _write_onnx(adapted, fresh, report, progress, options)
+        refuse_failed(report.comparisons)
+        document = certificate(adapted, report, digests)
+        (fresh / CERTIFICATE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _plain_config(model: Any) -> Any:
-    """The base's config, without what adapting changed in it."""
-    import copy
+def schedule(directory: Path, base: str | Path | None, progress: Progress, options: Options) -> ScheduleReport:
+    """What a merge would read and write, shard by shard. Raises as `merge` does before it writes."""
+    adapted = Adapted.open(directory, base)
+    progress.step("fold")
+    folded = _fold(adapted, default_inputs(adapted.skeleton.model))
+    return ScheduleReport(directory, folded.fold.decisions, _plan_checkpoint(adapted, folded, options))
 
-    config = copy.deepcopy(model.config)
-    config.architectures = [model.surgery.base_class.__name__]
-    return config
+
+def _check_places(directory: Path, adapted: Adapted, out: Path) -> None:
+    for place, what in ((directory, "the delta directory"), (adapted.base.path, "the base model")):
+        if out.resolve() == place.resolve():
+            fail("E036", f"{out} is {what} itself", help="choose another directory with -o")
+    check_target(out, replace=True)
 
 
-def _write_checkpoint(work: _Work, fresh: Path, program: Program, fold: Fold) -> hf.Checkpoint:
-    work.progress.step("write checkpoint")
-    folded = FoldedState(work.tensor, fold.updates)
-    written = hf.emit(
-        fresh,
-        source=work.source,
-        skeleton=work.skeleton,
-        program=program,
-        decisions=fold.decisions,
-        folded=folded,
-        trained=work.model.surgery.plan.trained,
-        progress=work.progress.update,
+def _fold(adapted: Adapted, specs: Mapping[str, InputSpec]) -> _Folded:
+    program, plan = adapted.rewritten(specs)
+    fold = Fold()
+    fold.apply(program)
+    return _Folded(program, plan, fold, adapted.tensors(plan))
+
+
+def _plan_checkpoint(adapted: Adapted, folded: _Folded, options: Options) -> hf.CheckpointPlan:
+    hf.refuse_kept(folded.fold.decisions)
+    return hf.plan_checkpoint(
+        source=adapted.base,
+        skeleton=adapted.skeleton,
+        program=folded.program,
+        decisions=folded.fold.decisions,
+        folded=FoldedState(folded.read, folded.fold.updates, options.precision),
+        trained=folded.plan.trained,
+        max_shard=options.max_shard,
     )
-    work.progress.step("compare with the unfolded model")
-    cls = work.model.surgery.base_class
-    dtype = work.model.dtype
-    with _quiet():
-        plain = cls.from_pretrained(fresh, dtype=dtype).eval()
-    specs = default_inputs(work.skeleton.model)
-    _compare_plain(work, plain, specs, dtype)
-    if dtype == torch.float32:
-        work.model.double()
-        _compare_plain(work, plain.double(), _in_float64(specs), torch.float64, tolerance=_TOLERANCE[torch.float32])
-        work.model.float()
-    return written
 
 
-def _in_float64(specs: Mapping[str, InputSpec]) -> dict[str, InputSpec]:
-    return {n: InputSpec(torch.float64 if s.dtype.is_floating_point else s.dtype, s.sizes) for n, s in specs.items()}
-
-
-def _compare_plain(
-    work: _Work, plain: Any, specs: Mapping[str, InputSpec], dtype: torch.dtype, tolerance: float | None = None
-) -> None:
-    def folded(inputs: Inputs) -> Sequence[torch.Tensor]:
-        with torch.no_grad():
-            extra = {"use_cache": False} if hasattr(plain.config, "use_cache") else {}
-            return _tensors(plain(**{name: inputs[name] for name in specs}, **extra))
-
-    label = str(dtype).removeprefix("torch.")
-    work.comparisons += compare(
-        "the merged checkpoint", work.unfolded(specs), folded, work.batches(specs),
-        tolerance=tolerance or _TOLERANCE[dtype], dtype=label,
-    )  # fmt: skip
-
-
-def _write_onnx(work: _Work, fresh: Path, report: MergeReport) -> onnx.OnnxFiles:
-    work.progress.step("export ONNX")
-    specs = onnx.export_inputs(work.skeleton, _tokenizer_inputs(work.source))
-    program, fold = work.fold(specs)
-    state = folded_program_state(work, program, fold)
-    files = onnx.emit(fresh, program, specs, state)
+def _write_onnx(adapted: Adapted, fresh: Path, report: MergeReport, progress: Progress, options: Options) -> None:
+    progress.step("export ONNX")
+    specs = onnx.export_inputs(adapted.skeleton, _tokenizer_inputs(adapted.base))
+    folded = _fold(adapted, specs)
+    state = state_of(adapted.model)
+    values = folded_program_state(lambda name: state[name].detach(), folded.program, folded.fold)
+    report.onnx = onnx.emit(fresh, folded.program, specs, values)
     if not (fresh / "config.json").exists():
-        work.source.copy_support_files(fresh)
-        work.skeleton.config.save_pretrained(fresh)
-    work.progress.step("compare onnxruntime with torch")
-    work.comparisons += compare(
-        "model.onnx in onnxruntime", work.unfolded(specs), _session(files), work.batches(specs),
-        tolerance=_TOLERANCE[work.model.dtype], dtype=str(work.model.dtype).removeprefix("torch."),
-    )  # fmt: skip
-    report.exported = {decision.insertion.delta: decision.result for decision in fold.decisions}
-    return files
-
-
-class Tensors(Protocol):
-    """Where the unfolded model's tensors are read from."""
-
-    def tensor(self, name: str) -> torch.Tensor: ...
-
-
-def folded_program_state(work: Tensors, program: Program, fold: Fold) -> dict[str, torch.Tensor]:
-    """`folded_state`, and the shapes of the program's nodes in step with it, as an export needs them."""
-    values = folded_state(work, program, fold)
-    for node, binding in program.bindings.items():
-        if binding.kind == "parameter":
-            program.resize(node, values[binding.name])
-    program.propagate()
-    return values
-
-
-def folded_state(work: Tensors, program: Program, fold: Fold) -> dict[str, torch.Tensor]:
-    """Take folded deltas out of `program` and return every tensor it then needs: folded, kept and constant ones."""
-    folded = FoldedState(work.tensor, fold.updates)
-    values = {name: folded(name) for name in folded.touched}
-    fold.remove(program)
-    remaining = [d.insertion for d in fold.decisions if d.result in ("constant", "kept")]
-    values.update(evaluate_constants(program, remaining, work.tensor))
-    program.drop_unused_deltas()
-    for binding in program.bindings.values():
-        if binding.kind in ("parameter", "buffer") and binding.name not in values:
-            values[binding.name] = work.tensor(binding.name)
-    return values
-
-
-def _session(files: onnx.OnnxFiles) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(files.path), options, providers=["CPUExecutionProvider"])
-    wanted = {argument.name for argument in session.get_inputs()}
-
-    def run(inputs: Inputs) -> Sequence[torch.Tensor]:
-        feeds = {name: tensor.numpy() for name, tensor in inputs.items() if name in wanted}
-        return [torch.from_numpy(value) for value in session.run(None, feeds)]
-
-    return run
+        adapted.base.copy_support_files(fresh)
+        adapted.skeleton.config.save_pretrained(fresh)
+    progress.step("compare onnxruntime with torch")
+    report.comparisons += compare_onnx(adapted, report.onnx, specs, options.texts)
+    report.files = {path.name: file_digest(path) for path in sorted(fresh.glob(f"{onnx.MODEL}*"))}
+    report.exported = {decision.insertion.delta: decision.result for decision in folded.fold.decisions}
 
 
 def _tokenizer_inputs(source: ModelDir) -> tuple[str, ...]:
@@ -235,50 +150,3 @@ def _tokenizer_inputs(source: ModelDir) -> tuple[str, ...]:
         return tuple(AutoTokenizer.from_pretrained(source.path).model_input_names)
     except (OSError, ValueError):
         return ()
-
-
-def _tensors(result: Any) -> list[torch.Tensor]:
-    values = result.to_tuple() if hasattr(result, "to_tuple") else result
-    return [value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
-
-
-def _quiet() -> Any:
-    from peftc.frontend.trace import quiet
-
-    return quiet()
-
-
-def _finite(delta: DeltaDir, name: str) -> torch.Tensor:
-    """A delta tensor, read. Raises `PeftcError` E042 when it holds NaN or infinity."""
-    tensor = delta.read(name)
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        message = f"{delta.header.path}: {name} holds NaN or infinity"
-        fail("E042", message, help="the training that saved it diverged; nothing was written")
-    return tensor
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _certificate(work: _Work, report: MergeReport) -> dict[str, Any]:
-    return {
-        "peftc": __import__("peftc").__version__,
-        "rule": work.delta.rule.name,
-        "base": work.source.fingerprint(),
-        "delta_sha256": work.read,
-        **report.to_json(),
-        "decisions": [_decision_json(decision) for decision in report.decisions],
-    }
-
-
-def _decision_json(decision: Decision) -> dict[str, str]:
-    insertion = decision.insertion
-    return {
-        "delta": insertion.delta,
-        "site": insertion.site.path,
-        "tap": insertion.tap,
-        "result": decision.result,
-        "node": decision.node,
-        "reason": decision.reason,
-    }

@@ -16,7 +16,7 @@ from peftc.overlaps import overlaps
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from peftc.backends.hf import Checkpoint
+    from peftc.backends.hf import Checkpoint, CheckpointPlan
     from peftc.backends.onnx import OnnxFiles
     from peftc.certify import Comparison
     from peftc.counts import Counts
@@ -228,6 +228,8 @@ class MergeReport:
     onnx: OnnxFiles | None = None
     comparisons: list[Comparison] = field(default_factory=list)
     exported: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """sha256 of every file of an export."""
 
     @property
     def results(self) -> Counter[str]:
@@ -242,6 +244,8 @@ class MergeReport:
         if self.checkpoint is not None:
             c = self.checkpoint
             report["checkpoint"] = {"changed": c.changed, "copied": c.copied, "added": c.added}
+            report["tensors"] = [change.to_json() for change in c.changes]
+            report["untouched"] = c.copied
         if self.onnx is not None:
             o = self.onnx
             report["onnx"] = {
@@ -254,10 +258,53 @@ class MergeReport:
         if self.checkpoint is not None:
             c = self.checkpoint
             console.print(f"checkpoint: {c.changed} tensors changed, {c.copied} copied, {c.added} added")
+            console.print(c.describe_rounding())
         if self.onnx is not None:
             o = self.onnx
             console.print(f"model.onnx: inputs {', '.join(o.inputs)}; outputs {', '.join(o.outputs)}; opset {o.opset}")
         for what in dict.fromkeys((c.what, c.dtype) for c in self.comparisons):
             worst = max((c for c in self.comparisons if (c.what, c.dtype) == what), key=lambda c: c.absolute)
             console.print(f"{worst.what} ({worst.dtype}): largest difference {worst.absolute:.2e}, on {worst.inputs}")
+        agreeing = [c.top1 for c in self.comparisons if c.top1 is not None]
+        if agreeing:
+            console.print(f"most likely token: the same at {100 * min(agreeing):.4g} % of places at least")
         console.print(f"wrote [bold]{self.out}[/bold] with certificate.json")
+
+
+@dataclass(slots=True)
+class ScheduleReport:
+    """What a merge would write, shard by shard."""
+
+    directory: Path
+    decisions: list[Decision]
+    checkpoint: CheckpointPlan
+
+    def to_json(self) -> dict[str, Any]:
+        shards = [
+            {
+                "file": shard.file,
+                "bytes": shard.nbytes,
+                "copied": [piece.spec.name for piece in shard.pieces if piece.source is not None],
+                "folded": [piece.spec.name for piece in shard.pieces if piece.source is None],
+            }
+            for shard in self.checkpoint.shards
+        ]
+        return {
+            "delta": str(self.directory),
+            "bytes": self.checkpoint.nbytes,
+            "working_set": self.checkpoint.working_set,
+            "shards": shards,
+            "folds": folds_json(self.decisions),
+        }
+
+    def render(self, console: Console) -> None:
+        from rich.table import Table
+
+        render_folds(console, self.decisions)
+        table = Table("shard", "MB", "copied", "folded", box=None, pad_edge=False)
+        for shard in self.checkpoint.shards:
+            folded = sum(piece.source is None for piece in shard.pieces)
+            table.add_row(shard.file, f"{shard.nbytes / 1e6:,.1f}", str(len(shard.pieces) - folded), str(folded))
+        console.print(table)
+        size, at_once = (f"{size / 1e6:,.1f} MB" for size in (self.checkpoint.nbytes, self.checkpoint.working_set))
+        console.print(f"would write {size}; the largest fold works on {at_once} at once")

@@ -27,7 +27,7 @@ from peftc.diagnostics import PeftcError, Span
 from peftc.families import Subject, forget_spoilt, traced
 from peftc.lang.loader import load_rule
 from peftc.lang.rule import Case, Rule, SameAs
-from peftc.rule_test_states import State, distance, finite, initial_state, random_state
+from peftc.rule_test_states import distance, finite, initial_state, random_state
 
 if TYPE_CHECKING:
     from peftc.ir.program import Program
@@ -187,7 +187,7 @@ class _Trial:
             self.tell("missing", "identity", expected, f"they differ by {apart:.2e}")
 
     def _fold(self, run: _Run) -> None:
-        from peftc.merge import folded_state
+        from peftc.fold.program_state import folded_state
         from peftc.passes.fold import Fold
 
         fold = Fold()
@@ -200,7 +200,7 @@ class _Trial:
                 reason = f": {other[0].reason}" if other and other[0].reason else ""
                 self.tell("missing", f"fold.{row}", f"`{row}` is {expected}", why + reason)
         if any(decision.result != "kept" for decision in fold.decisions):
-            apart = run.apart(run.program, folded_state(State(run.state), run.program, fold))
+            apart = run.apart(run.program, folded_state(run.state.__getitem__, run.program, fold))
             if apart > run.tolerance:
                 expected = f"the unfolded model's outputs (within {run.tolerance:.0e})"
                 self.tell("failed", "fold", expected, f"the folded model's differ by {apart:.2e}")

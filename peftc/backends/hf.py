@@ -1,33 +1,34 @@
 """The transformers backend: a plain checkpoint that `from_pretrained` loads without peftc.
 
-Tensors are read, folded and written one at a time, into the shards they came from. Widened FFNs need a larger
-intermediate size in the config; which of the config's numbers that is, is found by trying it on a model without
-weights and comparing shapes.
+It is planned first (which tensor is copied, folded or added, into which shard) and then streamed: bytes that no delta
+names are copied, folded tensors go through memory a block at a time.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftc.backends.widened import Padding, widened_config
 from peftc.diagnostics import Diagnostic, PeftcError, fail
-from peftc.store.safetensors_io import Header, TensorSpec, dtype_code, read_tensor, torch_dtype, write
+from peftc.fold.stream import BLOCK, TensorChange, by_rows, whole
+from peftc.store.keys import KeyMap, key_map
+from peftc.store.safetensors_io import TensorSpec, dtype_code, torch_dtype
+from peftc.store.shards import Piece, Produce, Shard, resharded, same_layout, write_shards
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from peftc.fold.decide import Decision
     from peftc.fold.state import FoldedState
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
-    from peftc.ir.sites import Site
-    from peftc.store.keys import KeyMap
     from peftc.store.model_dir import ModelDir
+    from peftc.store.worker import Worker
 
 name = "hf"
 
@@ -53,12 +54,22 @@ def refuse_kept(decisions: list[Decision]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What was written: how many tensors were changed, copied and added."""
+    """What was written: how many tensors were touched, copied and added, and the record of each that was not copied."""
 
     changed: int
     copied: int
     added: int
     config: PreTrainedConfig
+    changes: tuple[TensorChange, ...] = ()
+
+    def describe_rounding(self) -> str:
+        """How much of the changes the stored dtype could not hold."""
+        known = [change for change in self.changes if change.change > 0]
+        if not known:
+            return "no tensor of the base was changed in place"
+        worst = max(known, key=lambda change: change.rounding / change.change)
+        share = 100 * worst.rounding / worst.change
+        return f"rounding to {worst.dtype}: at most {share:.2g} % of a tensor's change, at {worst.name}"
 
 
 def emit(
@@ -72,39 +83,91 @@ def emit(
     trained: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
-    """Write config, tokenizer and folded shards into `directory`.
+    """Plan and write in one go; see `plan_checkpoint`."""
+    plan = plan_checkpoint(
+        source=source, skeleton=skeleton, program=program, decisions=decisions, folded=folded, trained=trained
+    )
+    return plan.write(directory, progress)
+
+
+def plan_checkpoint(
+    *,
+    source: ModelDir,
+    skeleton: Skeleton,
+    program: Program,
+    decisions: list[Decision],
+    folded: FoldedState,
+    trained: Collection[str] = (),
+    max_shard: int | None = None,
+) -> CheckpointPlan:
+    """What to write, with nothing read but headers.
 
     `folded` gives every tensor of the folded model; `trained` are base tensors that the rule trained as they are.
-    Raises `PeftcError` E037 when the checkpoint has no place for a tensor that changes, E042.
+    Shards are laid out as the base's, or of at most `max_shard` bytes. Raises `PeftcError` E037 when the checkpoint
+    has no place for a tensor that changes.
     """
-    from peftc.store.keys import key_map
-
     config, padding = widened_config(skeleton, program, decisions)
     names = key_map(skeleton.model, source.shapes())
     touched = {*folded.touched, *trained, *padding}
     _refuse_converted(names.converted, touched)
-    tensors = _Tensors(names, folded, touched, padding)
-    head = [*names.missing, *names.mismatched]
-    last = len(source.headers) - 1
-    placed: dict[str, TensorSpec] = {}
-    weight_map: dict[str, str] = {}
-    for index, header in enumerate(source.headers):
-        added = {state: tensors.value(state) for state in head} if index == last else {}
-        entries = [tensors.spec(header, key) for key in header.tensors if key not in names.mismatched]
-        entries += [TensorSpec(n, dtype_code(t.dtype), tuple(t.shape)) for n, t in added.items()]
+    tensors = _Tensors(source, names, folded, frozenset(trained), padding, touched)
+    pieces = {key: tensors.piece(key) for key in source.tensors if key not in names.mismatched}
+    added = [Piece(spec) for spec in tensors.added()]
+    if max_shard is None:
+        shards = same_layout(source.headers, pieces, added)
+    else:
+        metadata = dict(source.headers[0].metadata) or {"format": "pt"}
+        shards = resharded([*pieces.values(), *added], max_shard, metadata)
+    return CheckpointPlan(source, shards, config, tensors)
 
-        def produce(key: str, header: Header = header, added: Mapping[str, torch.Tensor] = added) -> torch.Tensor:
-            return added[key] if key in added else tensors.read(header, key)
 
-        write(directory / header.path.name, entries, produce, header.metadata or {"format": "pt"}, progress)
-        placed.update({entry.name: entry for entry in entries})
-        weight_map.update({entry.name: header.path.name for entry in entries})
-    if len(source.headers) > 1:
-        _write_index(directory, placed, weight_map)
-    source.copy_support_files(directory)
-    config.save_pretrained(directory)
-    changed = sum(key in tensors.changed for key in placed)
-    return Checkpoint(changed, len(placed) - changed - len(head), len(head), config)
+@dataclass(frozen=True, slots=True)
+class CheckpointPlan:
+    """The shards to be written and where each tensor of them comes from."""
+
+    source: ModelDir
+    shards: list[Shard]
+    config: PreTrainedConfig
+    tensors: _Tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that will be written."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def working_set(self) -> int:
+        """About how many bytes the largest fold needs at once."""
+        return max((self.tensors.working_set(p) for s in self.shards for p in s.pieces if p.source is None), default=0)
+
+    def write(self, directory: Path, progress: Callable[[int, int], None] | None = None) -> Checkpoint:
+        """Write config, tokenizer and folded shards into `directory`. Raises `PeftcError` E031, E042; `OSError`."""
+        changes: list[TensorChange] = []
+        self.source.copy_support_files(directory)
+        self.config.save_pretrained(directory)
+        with _one_thread():
+            write_shards(directory, self.shards, self._produce(changes.append), progress)
+        produced = [piece for shard in self.shards for piece in shard.pieces]
+        copied = sum(piece.source is not None for piece in produced)
+        added = len(list(self.tensors.added()))
+        return Checkpoint(len(produced) - copied - added, copied, added, self.config, tuple(changes))
+
+    def _produce(self, done: Callable[[TensorChange], None]) -> Produce:
+        return lambda spec, worker: self.tensors.blocks(spec, worker, done)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are small and bound by memory: threads of torch would wait for each other longer than they work, while
+    the thread that hashes and writes needs a core of its own."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(slots=True)
@@ -115,10 +178,12 @@ class _Tensors:
     other: `changed` says for every stored name that changes which state-dict name holds the new value.
     """
 
+    source: ModelDir
     names: KeyMap
     folded: FoldedState
-    touched: set[str]
+    trained: frozenset[str]
     padding: Mapping[str, Padding]
+    touched: set[str]
     changed: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -131,22 +196,52 @@ class _Tensors:
         stored = self.names.state_to_checkpoint.items()
         self.changed = {key: holder[state] for state, key in stored if state in holder}
 
-    def value(self, state: str) -> torch.Tensor:
-        tensor = self.folded(state)
+    def piece(self, key: str) -> Piece:
+        """A stored tensor in the new checkpoint."""
+        header, info = self.source.tensors[key]
+        state = self.changed.get(key)
+        if state is None:
+            return Piece(TensorSpec(key, info.dtype, info.shape), header)
+        shape = self.folded.shape(state, info.shape)
+        shape = self.padding[state].shape(shape) if state in self.padding else shape
+        return Piece(TensorSpec(key, info.dtype, shape))
+
+    def added(self) -> Iterator[TensorSpec]:
+        """Tensors of a head that the base does not store, or stores in another shape, by state-dict name."""
+        for state in (*self.names.missing, *self.names.mismatched):
+            value = self._exact(state)
+            yield TensorSpec(state, dtype_code(self._head_dtype(state)), tuple(value.shape))
+
+    def blocks(self, spec: TensorSpec, worker: Worker, done: Callable[[TensorChange], None]) -> Iterator[memoryview]:
+        """The bytes of a tensor that is not copied."""
+        key = spec.name
+        state = self.changed.get(key)
+        if state is None:
+            return whole(None, key, self._exact(key), self._head_dtype(key), done)
+        header = self.source.tensors[key][0]
+        if self._goes_by_rows(key, state):
+            return by_rows(header, key, self.folded, state, worker, done)
+        return whole(header, key, self._exact(state), torch_dtype(spec.dtype), done)
+
+    def working_set(self, piece: Piece) -> int:
+        key = piece.spec.name
+        state = self.changed.get(key)
+        elements = piece.spec.nbytes // max(1, torch_dtype(piece.spec.dtype).itemsize)
+        if state is not None and self._goes_by_rows(key, state):
+            elements = min(elements, BLOCK)
+        return elements * 4 * 4
+
+    def _goes_by_rows(self, key: str, state: str) -> bool:
+        own = self.names.state_to_checkpoint.get(state) == key and state not in self.trained
+        whole_shape = bool(self.source.tensors[key][1].shape) and state not in self.padding
+        return own and whole_shape and state in self.folded.touched and self.folded.by_rows(state)
+
+    def _exact(self, state: str) -> torch.Tensor:
+        tensor = self.folded.exact(state)
         return self.padding[state].apply(tensor) if state in self.padding else tensor
 
-    def spec(self, header: Header, key: str) -> TensorSpec:
-        info = header.tensors[key]
-        shape, state = info.shape, self.changed.get(key)
-        if state is not None:
-            shape = self.folded.shape(state, shape)
-            shape = self.padding[state].shape(shape) if state in self.padding else shape
-        return TensorSpec(key, info.dtype, shape)
-
-    def read(self, header: Header, key: str) -> torch.Tensor:
-        if key not in self.changed:
-            return read_tensor(header, key)
-        return self.value(self.changed[key]).to(torch_dtype(header.tensors[key].dtype))
+    def _head_dtype(self, state: str) -> torch.dtype:
+        return self.folded.stored_dtype(state)
 
 
 def _refuse_converted(converted: Mapping[str, Any], touched: set[str]) -> None:
@@ -157,115 +252,3 @@ def _refuse_converted(converted: Mapping[str, Any], touched: set[str]) -> None:
             f"{blocked[0]} is not stored as such in the checkpoint: it is {converted[blocked[0]].reason}",
             help="use `--export onnx`, or save the base once with this transformers and merge into that",
         )
-
-
-def _write_index(directory: Path, placed: Mapping[str, TensorSpec], weight_map: Mapping[str, str]) -> None:
-    total = sum(spec.nbytes for spec in placed.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    text = json.dumps(index, indent=2) + "\n"
-    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-@dataclass(frozen=True, slots=True)
-class Padding:
-    """Zeros at the end of an axis: hidden units that do nothing, where other layers have more.
-
-    An axis that holds several streams, one after the other (`blocks`), is padded at the end of each.
-    """
-
-    axis: int
-    amount: int
-    blocks: int = 1
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        grown = list(shape)
-        grown[self.axis] += self.amount * self.blocks
-        return tuple(grown)
-
-    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        extra = list(tensor.shape)
-        extra[self.axis] = self.amount
-        zeros = torch.zeros(extra, dtype=tensor.dtype)
-        pieces = [piece for block in tensor.chunk(self.blocks, self.axis) for piece in (block, zeros)]
-        return torch.cat(pieces, self.axis)
-
-
-def widened_config(
-    skeleton: Skeleton, program: Program, decisions: list[Decision]
-) -> tuple[PreTrainedConfig, dict[str, Padding]]:
-    """The config of the folded model, and the padding that gives all FFNs of one size in the config one width.
-
-    Raises `PeftcError` E037 when no number of the config is the width of these FFNs alone.
-    """
-    config = copy.deepcopy(skeleton.config)
-    ranks: dict[str, int] = {}
-    for decision in decisions:
-        if decision.widening is not None:
-            path = decision.insertion.site.linears["down"].weight_name
-            ranks[path] = ranks.get(path, 0) + decision.widening.rank
-    padding: dict[str, Padding] = {}
-    if not ranks:
-        return config, padding
-    ffns = {site.linears["down"].weight_name: site for site in program.sites if site.kind == "ffn" and site.linears}
-    left = dict(ranks)
-    for attribute in _width_attributes(config, {int(ffns[down].dims["d_ff"]) for down in ranks}):
-        affected = _affected(skeleton, attribute, ffns)
-        group = [down for down in affected if down in left] if affected else []
-        if not group:
-            continue
-        width = int(ffns[group[0]].dims["d_ff"])
-        most = max(ranks[down] for down in group)
-        setattr(config, attribute, width + most)
-        for down in affected or ():
-            padding.update(_pad(ffns[down], most - ranks.get(down, 0)))
-            left.pop(down, None)
-    if left:
-        site = ffns[next(iter(left))]
-        fail(
-            "E037",
-            f"no number in the config is the width of {site.describe()} alone, so the widened model has no config",
-            help="`--export onnx` needs none",
-        )
-    return config, padding
-
-
-def _width_attributes(config: PreTrainedConfig, widths: set[int]) -> list[str]:
-    values = config.to_dict()
-    named = [key for key, value in values.items() if isinstance(value, int) and value in widths]
-    return [*named, *(key for key, value in values.items() if value is None and "inner" in key)]
-
-
-def _affected(skeleton: Skeleton, attribute: str, ffns: Mapping[str, Site]) -> list[str] | None:
-    """The FFNs (by their down weight) that grow with `attribute`, or None when anything else changes as well."""
-    from peftc.frontend.trace import build_skeleton
-
-    trial = copy.deepcopy(skeleton.config)
-    widths = {int(site.dims["d_ff"]) for site in ffns.values()}
-    setattr(trial, attribute, (getattr(trial, attribute) or max(widths)) + 8)
-    try:
-        model: PreTrainedModel = build_skeleton(type(skeleton.model), trial).model
-    except (ValueError, TypeError, RuntimeError, AssertionError):
-        return None
-    before = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters()}
-    after = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    changed = {name for name in before if before[name] != after.get(name)}
-    own: dict[str, set[str]] = {down: set() for down in ffns}
-    for down, site in ffns.items():
-        for linear in site.linears.values():
-            own[down].update(n for n in (linear.weight_name, linear.bias_name) if n is not None)
-    affected = [down for down in ffns if down in changed]
-    return affected if changed and changed <= set().union(*(own[down] for down in affected)) else None
-
-
-def _pad(site: Site, amount: int) -> dict[str, Padding]:
-    if amount == 0:
-        return {}
-    padding: dict[str, Padding] = {}
-    for role, linear in site.linears.items():
-        rows, blocks = role != "down", 2 if role == "gate_up" else 1
-        padding[linear.weight_name] = Padding(int(rows == linear.transposed), amount, blocks)
-        if rows and linear.bias_name is not None:
-            padding[linear.bias_name] = Padding(0, amount, blocks)
-    return padding

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,17 @@ def evaluate(
     Dropout is off. Symbolic sizes count as 1: feeds are single rows, or matrices of rows where no op asks for sizes.
     Raises `ValueError` when the value depends on something that is neither fed nor read.
     """
+    with torch.no_grad():
+        return _run(program, wanted, feeds, read, dtype)
+
+
+def _run(
+    program: Program,
+    wanted: fx.Node,
+    feeds: Mapping[fx.Node, torch.Tensor],
+    read: Read | None,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
     values: dict[fx.Node, Any] = dict(feeds)
     for node in _needed(wanted, set(feeds)):
         values[node] = _value(program, node, values, read, dtype)
@@ -43,9 +54,66 @@ def evaluate_rows(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The same for matrices: a row of a feed [n, d] is one token, whatever the rank in the graph; gives [n, d_out]."""
+    with torch.no_grad():
+        return _run_rows(program, wanted, feeds, read, dtype)
+
+
+def bottleneck(program: Program, wanted: fx.Node, source: fx.Node, others: Iterable[fx.Node]) -> fx.Node | None:
+    """The narrowest value that all of `source` passes through on its way to `wanted`, where it is narrower than both.
+
+    `others` are the other values that `wanted` may read. None where there is no such value.
+    """
+    fed = set(others) - {source}
+    needed = [node for node in _needed(wanted, {source, *fed}) if node.op == "call_function"]
+    widths = {node: _width(node) for node in needed if _width(node)}
+    limit = min(_width(source), _width(wanted))
+    for node in sorted(widths, key=widths.__getitem__):
+        if widths[node] >= limit:
+            return None
+        if _reads(node, source, fed) and not _reads(wanted, source, {node, *fed}):
+            return node
+    return None
+
+
+def _reads(node: fx.Node, source: fx.Node, known: Collection[fx.Node]) -> bool:
+    """Whether a value depends on `source` otherwise than through what is `known`."""
+    return any(source in reader.all_input_nodes for reader in _needed(node, {source, *known}))
+
+
+def _width(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return int(value.shape[-1]) if isinstance(value, torch.Tensor) and value.dim() else 0
+
+
+def pull_back(
+    program: Program,
+    wanted: fx.Node,
+    source: fx.Node,
+    cotangents: torch.Tensor,
+    feeds: Mapping[fx.Node, torch.Tensor],
+    read: Read,
+) -> torch.Tensor:
+    """Rows taken back through a map: where `wanted` = `source` M + c for one token, the rows `cotangents` Mᵀ.
+
+    `cotangents` is [n, d_wanted], the result [n, d_source] in its dtype; M is never made. `feeds` are single rows for
+    the other streams.
+    """
+    width = int(source.meta["val"].shape[-1])
+    rows = torch.zeros(cotangents.shape[0], width, dtype=cotangents.dtype, requires_grad=True)
+    with torch.enable_grad():
+        value = _run_rows(program, wanted, {**feeds, source: rows}, read, cotangents.dtype)
+        if not value.requires_grad:
+            return torch.zeros_like(rows, requires_grad=False)
+        (result,) = torch.autograd.grad(value, rows, cotangents)
+    return result
+
+
+def _run_rows(
+    program: Program, wanted: fx.Node, feeds: Mapping[fx.Node, torch.Tensor], read: Read, dtype: torch.dtype
+) -> torch.Tensor:
     shaped = {node: rows.reshape(*[1] * (node.meta["val"].dim() - 2), *rows.shape) for node, rows in feeds.items()}
     count = max(rows.shape[0] for rows in feeds.values())
-    value = evaluate(program, wanted, shaped, read, dtype)
+    value = _run(program, wanted, shaped, read, dtype)
     return value.reshape(-1, value.shape[-1]).expand(count, -1)
 
 
@@ -83,8 +151,7 @@ def _value(
     if dtype is not None and is_call(node, aten.to.dtype, aten._to_copy.default) and args[0].is_floating_point():
         return args[0].to(dtype)
     target: Any = node.target
-    with torch.no_grad():
-        return target(*_on_cpu(args), **_on_cpu(kwargs))
+    return target(*_on_cpu(args), **_on_cpu(kwargs))
 
 
 def _parameter(program: Program, node: fx.Node, read: Read | None, dtype: torch.dtype | None) -> torch.Tensor:

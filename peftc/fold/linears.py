@@ -43,6 +43,7 @@ class Reach:
         self.owner = {node: entry for entry in program.ledger for node in entry.nodes}
         linears = [linear for site in program.sites for linear in site.linears.values()]
         self.linears = {linear.node: linear for linear in linears}
+        self._rows: dict[tuple[fx.Node, fx.Node, str], torch.Tensor] = {}
 
     @cached_property
     def parameters(self) -> tuple[fx.Node, ...]:
@@ -105,7 +106,10 @@ class Reach:
     def rows(self, insertion: Insertion, linear: Linear) -> torch.Tensor:
         """Which output rows of `linear` the tap of a delta is."""
         tap = insertion.site.taps[insertion.tap]
-        return selection(self.program, linear.node, tap.node, tap.layout)
+        key = (linear.node, tap.node, tap.layout)
+        if key not in self._rows:
+            self._rows[key] = selection(self.program, linear.node, tap.node, tap.layout)
+        return self._rows[key]
 
     def shared_rows(self, insertion: Insertion, linear: Linear) -> str:
         """Who else reads the rows that a tap selects from a fused projection, or ""."""

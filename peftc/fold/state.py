@@ -1,8 +1,12 @@
-"""Folded tensors, one at a time: the base's tensor, the updates that touch it in order, the stored dtype again."""
+"""Folded tensors: the base's tensor, the updates that touch it in order, the stored dtype again.
+
+A tensor is had whole, or, where every update of it goes by rows, in blocks of rows, so that a weight of any size is
+folded in the memory of a block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,12 +19,13 @@ class FoldedState:
     """Reads tensors of the folded model by state-dict name.
 
     `read` gives the unfolded tensors (base and deltas); `updates` come in the order in which they hold (see
-    `peftc.fold.updates.updates_for`). They are computed in float32, in float64 for a float64 tensor, and rounded once
-    to the dtype the tensor is stored in.
+    `peftc.fold.updates.updates_for`). They are computed in `precision` (float32, or float64 on request; float64 always
+    for a float64 tensor), and rounded once to the dtype the tensor is stored in.
     """
 
-    def __init__(self, read: Read, updates: Sequence[Update]) -> None:
+    def __init__(self, read: Read, updates: Sequence[Update], precision: torch.dtype = torch.float32) -> None:
         self._read = read
+        self._precision = precision
         self._updates: dict[str, list[tuple[int, Update]]] = {}
         for index, update in enumerate(updates):
             for name in update.touches:
@@ -37,13 +42,38 @@ class FoldedState:
         return shape
 
     def __call__(self, name: str) -> torch.Tensor:
-        """The folded tensor. Raises `PeftcError` E042 when it holds NaN or infinity."""
+        """The folded tensor in the dtype of the unfolded one. Raises `PeftcError` E042 when it is not finite."""
         if name not in self._updates:
             return self._read(name)
         value, dtype = self._before(name, None)
-        folded = value.to(dtype).contiguous()
-        if not torch.isfinite(folded).all():
-            fail("E042", f"the merged {name} holds NaN or infinity", help="check the delta; nothing was written")
+        return finite(name, value.to(dtype).contiguous())
+
+    def exact(self, name: str) -> torch.Tensor:
+        """The folded tensor, not rounded yet."""
+        return self._before(name, None)[0]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype of the unfolded tensor."""
+        return self._read(name).dtype
+
+    def by_rows(self, name: str) -> bool:
+        """Whether `row_update` may be used."""
+        return all(update.by_rows(name) for _, update in self._updates.get(name, ()))
+
+    def row_update(self, name: str, stored: torch.dtype) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """A function from blocks of stored rows to the same rows folded, not rounded yet.
+
+        Its first argument is the number of the first row; what the updates need is computed here, once.
+        """
+        dtype = self._precision_for(stored)
+        steps = [u.row_update(name, self._reader(index), dtype) for index, u in self._updates.get(name, ())]
+
+        def folded(first: int, rows: torch.Tensor) -> torch.Tensor:
+            value = rows.to(dtype, copy=True)
+            for step in steps:
+                step(first, value)
+            return value
+
         return folded
 
     def _before(self, name: str, limit: int | None) -> tuple[torch.Tensor, torch.dtype]:
@@ -51,8 +81,21 @@ class FoldedState:
         tensor = self._read(name)
         value = tensor
         if name in self._updates:
-            value = tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+            value = tensor.to(self._precision_for(tensor.dtype))
         for index, update in self._updates.get(name, ()):
             if limit is None or index < limit:
-                value = update.apply(name, value, lambda other, index=index: self._before(other, index)[0])
+                value = update.apply(name, value, self._reader(index))
         return value, tensor.dtype
+
+    def _reader(self, limit: int) -> Read:
+        return lambda other: self._before(other, limit)[0]
+
+    def _precision_for(self, stored: torch.dtype) -> torch.dtype:
+        return torch.float64 if stored == torch.float64 else self._precision
+
+
+def finite(name: str, folded: torch.Tensor) -> torch.Tensor:
+    """`folded`. Raises `PeftcError` E042 when it holds NaN or infinity."""
+    if not torch.isfinite(folded).all():
+        fail("E042", f"the merged {name} holds NaN or infinity", help="check the delta; nothing was written")
+    return folded

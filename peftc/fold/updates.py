@@ -7,11 +7,15 @@ With rows as vectors and h' = h B + x A + c at a linear h = x Wᵀ + b:
     input side:   W' = W Bᵀ,        b' = b + W cᵀ        (the linear reads h' = h B + c)
     parameter:    W' = f(W)
     widening:     rows are added to the up projection, columns to the down projection (`peftc.fold.hidden`)
+
+Where a row of the stored tensor changes by itself (W + Aᵀ with an A of two narrow factors, and W Bᵀ), so does a block
+of rows, and neither the tensor nor A or B stands in memory whole: the factors are had at the narrowest value that x
+passes through, W Bᵀ is rows taken back through the inserted subgraph (`peftc.fold.evaluate`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +23,14 @@ import torch
 from torch import fx
 
 from peftc.fold.decide import Decision
-from peftc.fold.evaluate import Read, evaluate, evaluate_rows
+from peftc.fold.evaluate import Read, bottleneck, evaluate, evaluate_rows, pull_back
 from peftc.fold.hidden import WidenUpdate
 from peftc.fold.linears import Reach
 from peftc.ir.program import Program
 from peftc.ir.sites import Linear
+
+RowUpdate = Callable[[int, torch.Tensor], None]
+"""Changes a block of rows in place; the first argument is the number of the first of them."""
 
 
 class Update(Protocol):
@@ -33,6 +40,11 @@ class Update(Protocol):
     def touches(self) -> tuple[str, ...]: ...
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]: ...
     def apply(self, name: str, tensor: torch.Tensor, read: Read) -> torch.Tensor: ...
+    def by_rows(self, name: str) -> bool:
+        """Whether a row of the result depends on this row of the tensor alone, so that there is a `row_update`."""
+        ...
+
+    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> RowUpdate: ...
 
 
 def updates_for(program: Program, decisions: Iterable[Decision]) -> list[Update]:
@@ -87,7 +99,7 @@ class _AtLinear:
         feeds: dict[fx.Node, torch.Tensor] = {}
         for node, rows in ((insertion.before, h), (self.reach.input_of(insertion), x)):
             if node is not None:
-                feeds[node] = torch.zeros(1, node.meta["val"].shape[-1], dtype=dtype) if rows is None else rows
+                feeds[node] = torch.zeros(1, _width(node), dtype=dtype) if rows is None else rows
         return evaluate_rows(self.reach.program, insertion.after, feeds, read, dtype)
 
     def _offset(self, read: Read, dtype: torch.dtype) -> torch.Tensor:
@@ -100,10 +112,22 @@ class _AtLinear:
 
     def _of_x(self, read: Read, dtype: torch.dtype) -> torch.Tensor:
         """A."""
+        return self._at(None, torch.eye(_width(self._x), dtype=dtype), read, dtype) - self._offset(read, dtype)
+
+    @property
+    def _x(self) -> fx.Node:
         x = self.reach.input_of(self.decision.insertion)
         assert x is not None
-        eye = torch.eye(int(x.meta["val"].shape[-1]), dtype=dtype)
-        return self._at(None, eye, read, dtype) - self._offset(read, dtype)
+        return x
+
+    def _zeros(self, dtype: torch.dtype) -> dict[fx.Node, torch.Tensor]:
+        """One row of zeros for each of h and x."""
+        streams = (self.decision.insertion.before, self.reach.input_of(self.decision.insertion))
+        return {node: torch.zeros(1, _width(node), dtype=dtype) for node in streams if node is not None}
+
+
+def _width(node: fx.Node) -> int:
+    return int(node.meta["val"].shape[-1])
 
 
 def _canonical(linear: Linear, weight: torch.Tensor) -> torch.Tensor:
@@ -121,6 +145,9 @@ class OutputUpdate(_AtLinear):
         if name == self.linear.bias_name:
             result[rows] = self._of_h(tensor[rows][None], read)[0] + self._offset(read, tensor.dtype)[0]
             return result
+        if self.by_rows(name):
+            self.row_update(name, read, tensor.dtype)(0, result)
+            return result
         weight = _canonical(self.linear, result)
         part = self._of_h(weight[rows].t(), read).t()
         if self.decision.reads_x:
@@ -129,6 +156,42 @@ class OutputUpdate(_AtLinear):
             part[:, : columns.shape[1]] += columns  # hidden units that a widening has added read no x of this delta
         weight[rows] = part
         return result
+
+    def by_rows(self, name: str) -> bool:
+        return name == self.linear.weight_name and self.decision.unit and self._narrow() is not None
+
+    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> RowUpdate:
+        left, right = self._factors(read, dtype)
+        mine, width = self.reach.rows(self.decision.insertion, self.linear), right.shape[1]
+
+        def update(first: int, block: torch.Tensor) -> None:
+            last = first + block.shape[0]
+            if self.linear.transposed:  # stored rows are features of x
+                block[: max(0, width - first), mine] += right[:, first:last].t() @ left.t()
+                return
+            here = ((mine >= first) & (mine < last)).nonzero().flatten()
+            if len(here) == len(block) and torch.equal(mine[here], torch.arange(first, last)):
+                block[:, :width].addmm_(left[here], right)
+            else:
+                block[mine[here] - first, :width] += left[here] @ right
+
+        return update
+
+    def _narrow(self) -> fx.Node | None:
+        insertion = self.decision.insertion
+        return bottleneck(self.reach.program, insertion.after, self._x, [insertion.before])
+
+    def _factors(self, read: Read, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Aᵀ = left right, with left [d_out, r] and right [r, d_in], cut where x has r features."""
+        narrow, insertion, program = self._narrow(), self.decision.insertion, self.reach.program
+        assert narrow is not None
+        zeros, eye = self._zeros(dtype), torch.eye(_width(narrow), dtype=dtype)
+        right = pull_back(program, narrow, self._x, eye, zeros, read)
+
+        def beyond(rows: torch.Tensor) -> torch.Tensor:
+            return evaluate_rows(program, insertion.after, {**zeros, narrow: rows}, read, dtype)
+
+        return (beyond(eye) - beyond(torch.zeros_like(eye[:1]))).t().contiguous(), right
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +204,20 @@ class InputUpdate(_AtLinear):
             weight = _canonical(self.linear, read(self.linear.weight_name).to(tensor.dtype))[:, :width]
             return tensor + weight @ self._offset(read, tensor.dtype)[0]
         result = tensor.clone()
-        weight = _canonical(self.linear, result)
-        matrix = self._at(torch.eye(width, dtype=tensor.dtype), None, read, tensor.dtype)
-        matrix = matrix - self._offset(read, tensor.dtype)
-        weight[:, :width] = weight[:, :width] @ matrix.t()
+        self.row_update(name, read, tensor.dtype)(0, _canonical(self.linear, result))
         return result
+
+    def by_rows(self, name: str) -> bool:
+        return name == self.linear.weight_name and not self.linear.transposed
+
+    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> RowUpdate:
+        insertion, width, zeros = self.decision.insertion, self.linear.d_in, self._zeros(dtype)
+
+        def update(_: int, block: torch.Tensor) -> None:
+            program, old = self.reach.program, block[:, :width]
+            block[:, :width] = pull_back(program, insertion.after, insertion.before, old, zeros, read)
+
+        return update
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +243,9 @@ class ParameterUpdate:
         h = tensor.transpose(-2, -1) if transposed else tensor
         value = evaluate(self.program, insertion.after, {insertion.before: h}, read, tensor.dtype)
         return value.transpose(-2, -1) if transposed else value
+
+    def by_rows(self, name: str) -> bool:
+        return False
+
+    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> RowUpdate:
+        raise NotImplementedError("a parameter is evaluated whole")

@@ -242,6 +242,31 @@ def read_bytes(header: Header, name: str, start: int = 0, length: int | None = N
     return bytes(result)
 
 
+def read_rows(header: Header, name: str, first: int, last: int) -> torch.Tensor:
+    """The rows [first, last) of a tensor of at least one dimension, in memory of their own.
+
+    Raises:
+        PeftcError: E031, as `read_tensor`.
+        KeyError: the file has no tensor of that name.
+    """
+    import torch
+
+    info = header.tensors[name]
+    result = torch.empty((last - first, *info.shape[1:]), dtype=torch_dtype(info.dtype))
+    if result.numel():
+        row = info.nbytes // info.shape[0]
+        _fill(header.path, info.begin + first * row, as_bytes(result))
+    return result
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, as bytes."""
+    import torch
+
+    flat = tensor.detach().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
 def read_tensor(header: Header, name: str) -> torch.Tensor:
     """Read one tensor into memory of its own (no mapping: the file may be replaced afterwards).
 
@@ -254,7 +279,7 @@ def read_tensor(header: Header, name: str) -> torch.Tensor:
     info = header.tensors[name]
     result = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
     if info.nbytes:
-        _fill(header.path, info.begin, result.reshape(-1).view(torch.uint8).numpy().data)
+        _fill(header.path, info.begin, as_bytes(result))
     return result
 
 
@@ -284,12 +309,10 @@ def write(
         ValueError: two entries of one name, or `produce` returned another dtype, shape or size than was announced.
         OSError: the disk is full, and the like; `peftc.store.atomic` turns these into E036.
     """
-    ordered = sorted(entries, key=lambda entry: (_RANK[entry.dtype], entry.name))
-    if len({entry.name for entry in ordered}) != len(ordered):
-        raise ValueError("two tensors of one name")
+    ordered = in_file_order(entries)
     total, done = sum(entry.nbytes for entry in ordered), 0
     with Path(path).open("wb") as file:
-        file.write(_encode_header(ordered, metadata))
+        file.write(encode_header(ordered, metadata))
         for entry in ordered:
             _write_all(file, _as_bytes(entry, produce(entry.name)))
             done += entry.nbytes
@@ -297,7 +320,16 @@ def write(
                 progress(done, total)
 
 
-def _encode_header(entries: Sequence[TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+def in_file_order(entries: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """The order in which the library lays tensors out. Raises `ValueError` when two have one name."""
+    ordered = sorted(entries, key=lambda entry: (_RANK[entry.dtype], entry.name))
+    if len({entry.name for entry in ordered}) != len(ordered):
+        raise ValueError("two tensors of one name")
+    return ordered
+
+
+def encode_header(entries: Sequence[TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    """A file's header, with the eight bytes before it, for tensors that follow in the order of `entries`."""
     document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for entry in entries:
@@ -311,13 +343,10 @@ def _encode_header(entries: Sequence[TensorSpec], metadata: Mapping[str, str] | 
 
 def _as_bytes(entry: TensorSpec, value: torch.Tensor | Buffer) -> memoryview:
     if not isinstance(value, bytes | bytearray | memoryview):
-        import torch
-
         if tuple(value.shape) != tuple(entry.shape) or dtype_code(value.dtype) != entry.dtype:
             found = f"{dtype_code(value.dtype)} {list(value.shape)}"
             raise ValueError(f"`{entry.name}` was announced as {entry.dtype} {list(entry.shape)} and came as {found}")
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        value = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+        value = as_bytes(value.detach().cpu().contiguous())
     view = memoryview(value).cast("B") if len(value) else memoryview(b"")
     if view.nbytes != entry.nbytes:
         raise ValueError(f"`{entry.name}` was announced with {entry.nbytes} bytes and came with {view.nbytes}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -14,25 +15,26 @@ from typing import Any
 import pytest
 
 from badinput.command import refused, run, snapshot
-from peftc.store import safetensors_io
 
-WRITERS = ["peftc.runtime.delta_dir.write", "peftc.backends.hf.write"]
+WRITERS = {"apply": "peftc.runtime.delta_dir.write", "merge": "peftc.backends.hf.write_shards"}
 
 
 @pytest.fixture(params=["apply", "merge"])
 def command(request: pytest.FixtureRequest, tiny: Path, lora: Path) -> tuple[str, list[object]]:
     """A command that writes, and where its tensors are written."""
+    writer = WRITERS[request.param]
     if request.param == "apply":
-        return WRITERS[0], ["apply", "lora", tiny, "--seed", "1", "-o", "out"]
-    return WRITERS[1], ["merge", lora, "-o", "out"]
+        return writer, ["apply", "lora", tiny, "--seed", "1", "-o", "out"]
+    return writer, ["merge", lora, "-o", "out"]
 
 
-def half_written_then(error: BaseException) -> Callable[..., None]:
-    """A `write` that puts down half of its file and then fails."""
+def half_written_then(original: Callable[..., None], error: BaseException) -> Callable[..., None]:
+    """A function that writes a file, or a directory of them, cut short by half, and then fails."""
 
     def write(path: Path, *args: Any, **kwargs: Any) -> None:
-        safetensors_io.write(path, *args, **kwargs)
-        os.truncate(path, path.stat().st_size // 2)
+        original(path, *args, **kwargs)
+        file = path if path.is_file() else next(path.glob("*.safetensors"))
+        os.truncate(file, file.stat().st_size // 2)
         raise error
 
     return write
@@ -56,7 +58,7 @@ def test_failed_write_leaves_what_was_there(
     if old:
         assert run("apply", "bitfit", tiny, "-o", "out", "-q").code == 0
     before = snapshot(place)
-    monkeypatch.setattr(writer, half_written_then(error))
+    monkeypatch.setattr(writer, half_written_then(pkgutil.resolve_name(writer), error))
     if isinstance(error, KeyboardInterrupt):
         told = run(*arguments)
         assert told.code == 130
@@ -90,12 +92,13 @@ def test_destination_that_cannot_be_made_is_refused(tiny: Path, place: Path, mon
 SLOW = """
 import sys, time
 import peftc.runtime.delta_dir as place, peftc.backends.hf as other
-from peftc.store.safetensors_io import write
-def slow(path, *args, **kwargs):
-    write(path, *args, **kwargs)
-    print("writing", flush=True)
-    time.sleep(60)
-place.write = other.write = slow
+def slow(write):
+    def first_then_wait(*args, **kwargs):
+        write(*args, **kwargs)
+        print("writing", flush=True)
+        time.sleep(60)
+    return first_then_wait
+place.write, other.write_shards = slow(place.write), slow(other.write_shards)
 from peftc.cli import main
 sys.argv = ["peftc", *sys.argv[1:]]
 main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from fold.support import padded_inputs, rule, tiny
 from peftc.fold.affine import Affine, classify
 from peftc.fold.decide import Decision
 from peftc.fold.linears import Reach
+from peftc.fold.program_state import folded_program_state
 from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.program import Program
 from peftc.lang.loader import parse_rule
-from peftc.merge import folded_program_state
 from peftc.passes.fold import Fold
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.executor import Executor
@@ -86,7 +85,7 @@ def test_folding_what_folds_changes_no_output(family: str, deltas: list[dict[str
     step.apply(program)
     for decision in step.decisions:
         check_reasons(program, decision)
-    folded = folded_program_state(SimpleNamespace(tensor=state.__getitem__), program, step)
+    folded = folded_program_state(state.__getitem__, program, step)
     after = run(program, {**state, **folded}, model)
     largest = max(float(value.abs().max()) for value in before)
     assert max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)) <= 1e-10 * max(1.0, largest)

@@ -1,0 +1,133 @@
+"""Commands that write a model without peftc in it, and check it later: merge, verify.
+
+$ peftc merge peftc-out -o merged && peftc verify merged
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftc.diagnostics import fail
+from peftc.shared_options import JsonOption, QuietOption, show
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+class Export(str, Enum):
+    """What `merge` can write."""
+
+    hf = "hf"
+    onnx = "onnx"
+
+
+class Precision(str, Enum):
+    """What folds are computed in."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Certify(str, Enum):
+    """What a certificate holds beside the record of every tensor."""
+
+    outputs = "outputs"
+    tensors = "tensors"
+
+
+def merge(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A delta directory.")] = Path("peftc-out"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")] = Path("merged"),
+    export: Annotated[
+        list[Export] | None,
+        typer.Option("--export", help="What to write; may be repeated. Default: hf, a plain transformers checkpoint."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="MODEL_DIR", help="The base model, if it is no longer where `apply` found it."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard, such as 5GB. Default: as the base's."),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="What folds are computed in, before one rounding.")
+    ] = Precision.float32,
+    certify: Annotated[
+        Certify,
+        typer.Option("--certify", help="Compare outputs with the unfolded model's, or record changed tensors only."),
+    ] = Certify.outputs,
+    verify_with: Annotated[
+        Path | None,
+        typer.Option("--verify-with", metavar="FILE", help="Compare outputs on the lines of this text file as well."),
+    ] = None,
+    allow_unchanged: Annotated[
+        bool, typer.Option("--allow-unchanged", help="Merge deltas that change nothing, too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fold a delta directory into its base model, check the result against torch, and write it."""
+    most = None if max_shard_size is None else parse_size(max_shard_size)
+    texts = () if verify_with is None else read_texts(verify_with)
+    from peftc import driver
+    from peftc.progress import terminal_progress
+
+    place = None if base is None else str(base)
+    with terminal_progress(quiet=quiet) as progress:
+        if dry_run:
+            report = driver.merge_schedule(directory, base=place, max_shard=most, progress=progress)
+        else:
+            report = driver.merge(
+                directory,
+                out,
+                export={choice.value for choice in export or [Export.hf]},
+                base=place,
+                precision=precision.value,
+                max_shard=most,
+                outputs=certify is Certify.outputs,
+                texts=texts,
+                allow_unchanged=allow_unchanged,
+                progress=progress,
+            )
+    if not quiet:
+        show(report, as_json=as_json)
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `merge` wrote.")] = Path("merged"),
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="MODEL_DIR", help="The base model, if it is no longer where `merge` found it."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a merged directory against its certificate. Exit code 3 when a tensor or file is not what was written."""
+    from peftc import driver
+
+    show(driver.verify(directory, base=None if base is None else str(base)), as_json=as_json)
+
+
+def parse_size(text: str) -> int:
+    """`"5GB"` as 5,000,000,000. Raises `PeftcError` E014."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", text.lower())
+    if match is None or float(match[1]) == 0:
+        fail("E014", f"`--max-shard-size {text}` is no size", help="write it as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def read_texts(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not blank. Raises `PeftcError` E014."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail("E014", f"--verify-with {path}: cannot be read: {error}", help="give a text file in UTF-8, a text a line")
+    lines = tuple(line for line in text.splitlines() if line.strip())
+    if not lines:
+        fail("E014", f"--verify-with {path}: there is no text in it", help="write a text a line")
+    return lines
