@@ -15,12 +15,13 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all survey soak library bench reference lint format clean
+.PHONY: help install demo test test-all test-gpu survey soak library bench reference lint format clean
 
 help:
 	@echo "make demo      adapt, train, fold and export a real pretrained model (all-MiniLM-L6-v2)"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the slow ones too"
+	@echo "make test-gpu  the tests that need CUDA, where there is a GPU"
 	@echo "make library   measure every rule anew, for the table of peftc rules"
 	@echo "make bench     the measurements"
 	@echo "make soak      train, save, kill -9 and resume for 30 minutes: nothing lost or corrupt"
@@ -49,10 +50,13 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not bench and not survey"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not bench and not survey and not gpu"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "not bench and not survey"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not bench and not survey and not gpu"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu -rs
 
 library: $(STAMP)
 	$(BIN)/python tests/measure.py

@@ -40,12 +40,13 @@ def apply(
     num_labels: int | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> PreTrainedModel:
     """Load the model at `model_dir` and graft `rule` into it; returns an instance of the model's own class.
 
     `set` changes hyperparameters of the rule, `head` and `num_labels` choose the model class as on the command line,
-    `dtype` is the base's (default: as stored). Deltas start as the rule says, from `seed`, and so does a head that
-    the checkpoint does not hold. Raises `PeftcError`.
+    `dtype` is the base's (default: as stored), `device` where the model goes (default: the CPU). Deltas start as the
+    rule says, from `seed`, and so does a head that the checkpoint does not hold. Raises `PeftcError`.
     """
     resolved = rule if not isinstance(rule, (str, Path)) else load_rule(rule, set)
     base = ModelDir.open(model_dir)
@@ -57,13 +58,23 @@ def apply(
     surgery = operate(model, cls, resolved, base_reference(base, head, num_labels, seed), base)
     start = Initializer(surgery.plan.parameters, seed, state_of(model).__getitem__, saved)
     values = {name: start(name) for name in surgery.plan.parameters}
-    return attach(model, surgery, values).eval()
+    return _placed(attach(model, surgery, values).eval(), device)
 
 
-def load(directory: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def _placed(model: Any, device: str | torch.device | None) -> Any:
+    return model if device is None else model.to(device)
+
+
+def load(
+    directory: str | Path,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
     """The adapted model of a delta directory, as it was saved; `base` says where the base model is if it has moved.
 
-    Raises `PeftcError`: E034 (not a delta directory), E035 (another base), E040 (tensors and rule differ).
+    `dtype` and `device` are as for `apply`. Raises `PeftcError`: E034 (not a delta directory), E035 (another base),
+    E040 (tensors and rule differ).
     """
     delta = DeltaDir.open(directory)
     source = ModelDir.open(delta.base_dir(base))
@@ -85,7 +96,7 @@ def load(directory: str | Path, base: str | Path | None = None, dtype: torch.dty
     with torch.no_grad():
         for name in (name for name in plan.trained if name in values):
             adapted.get_parameter(name).copy_(values[name])
-    return adapted.eval()
+    return _placed(adapted.eval(), device)
 
 
 def load_base(
