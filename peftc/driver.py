@@ -121,7 +121,10 @@ def merge(
     `texts` what the outputs are compared on beside random inputs; without `outputs` only tensors are certified.
     """
     from peftc.merge import merge as run
+    from peftc.runtime.delta_dir import DeltaDir
+    from peftc.runtime.quantized import refuse_merge
 
+    refuse_merge(DeltaDir.open(directory))
     options = _options(export, precision, max_shard, outputs, texts, allow_unchanged)
     return run(Path(directory), Path(out), base=base, progress=progress or NullProgress(), options=options)
 
@@ -135,7 +138,10 @@ def merge_schedule(
 ) -> ScheduleReport:
     """What `merge` would write, shard by shard; nothing is."""
     from peftc.merge import schedule
+    from peftc.runtime.delta_dir import DeltaDir
+    from peftc.runtime.quantized import refuse_merge
 
+    refuse_merge(DeltaDir.open(directory))
     options = _options(None, "float32", max_shard, True, (), False)
     return schedule(Path(directory), base, progress or NullProgress(), options)
 
@@ -168,11 +174,13 @@ def _program(
 ) -> tuple[ModelDir, Skeleton, Program]:
     from peftc.frontend.trace import build_skeleton, default_inputs
     from peftc.pipeline import analyse
+    from peftc.runtime.quantized import refuse_quantized_checkpoint
     from peftc.store.heads import resolve
     from peftc.store.model_dir import ModelDir
 
     base = ModelDir.open(model_dir)
     base.refuse_adapted()
+    refuse_quantized_checkpoint(base.config, base.path)
     cls, config = resolve(base.config, base.path, head, num_labels)
     progress.step(f"trace {cls.__name__}")
     skeleton = build_skeleton(cls, config)

@@ -29,6 +29,7 @@ PASSES: dict[str, str] = {
     "mix": "peftc.passes.mix:Mix",
     "freeze": "peftc.passes.freeze:Freeze",
     "set-mode": "peftc.passes.set_mode:SetMode",
+    "quantize": "peftc.passes.quantize:Quantize",
     "fold": "peftc.passes.fold:Fold",
     "verify": "peftc.passes.verify:Verify",
 }

@@ -19,6 +19,7 @@ from peftc.diagnostics import fail
 from peftc.runtime.api import load_base, operate, refuse_other_base
 from peftc.runtime.delta_dir import DeltaDir, check_names
 from peftc.runtime.graph_model import Surgery
+from peftc.runtime.quantized import refuse_trained
 from peftc.runtime.states import BASE, Slot, State, States, located, parked_deltas, plant
 from peftc.store.fingerprint import Fingerprint
 from peftc.store.heads import resolve
@@ -40,6 +41,7 @@ def add_state(model: Any, name: str, directory: str | Path) -> None:
     _check_head(delta, model, first, name)
     surgery = _surgery_of(delta, model, states, first)
     plan = surgery.plan
+    refuse_trained(model, plan.trained, name)
     check_names(
         delta.path,
         delta.header.tensors,

@@ -16,6 +16,8 @@ from peftc.pipeline import analyse, rewrite
 from peftc.runtime.delta_dir import DeltaDir, check_names
 from peftc.runtime.graph_model import Surgery, attach
 from peftc.runtime.init import Initializer
+from peftc.runtime.quantized import OFF, check_form, refuse_quantized_checkpoint
+from peftc.runtime.quantized import quantize as quantize_base
 from peftc.runtime.saved import SavedDeltas
 from peftc.runtime.state import state_of
 from peftc.store.heads import resolve
@@ -41,13 +43,16 @@ def apply(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """Load the model at `model_dir` and graft `rule` into it; returns an instance of the model's own class.
 
     `set` changes hyperparameters of the rule, `head` and `num_labels` choose the model class as on the command line,
     `dtype` is the base's (default: as stored), `device` where the model goes (default: the CPU). Deltas start as the
-    rule says, from `seed`, and so does a head that the checkpoint does not hold. Raises `PeftcError`.
+    rule says, from `seed`, and so does a head that the checkpoint does not hold. `quantize` ("int8", "int4", "nf4")
+    holds the base's linear layers in few bits; see `peftc.runtime.quantized`. Raises `PeftcError`.
     """
+    form = check_form(quantize)
     resolved = rule if not isinstance(rule, (str, Path)) else load_rule(rule, set)
     base = ModelDir.open(model_dir)
     base.refuse_adapted()
@@ -58,10 +63,12 @@ def apply(
     surgery = operate(model, cls, resolved, base_reference(base, head, num_labels, seed), base)
     start = Initializer(surgery.plan.parameters, seed, state_of(model).__getitem__, saved)
     values = {name: start(name) for name in surgery.plan.parameters}
-    return _placed(attach(model, surgery, values).eval(), device)
+    return _finished(attach(model, surgery, values).eval(), form, device)
 
 
-def _placed(model: Any, device: str | torch.device | None) -> Any:
+def _finished(model: Any, form: str, device: str | torch.device | None) -> Any:
+    if form != OFF:
+        quantize_base(model, form, model.surgery.plan.trained)
     return model if device is None else model.to(device)
 
 
@@ -70,13 +77,16 @@ def load(
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """The adapted model of a delta directory, as it was saved; `base` says where the base model is if it has moved.
 
-    `dtype` and `device` are as for `apply`. Raises `PeftcError`: E034 (not a delta directory), E035 (another base),
+    `dtype` and `device` are as for `apply`, and `quantize` too: by default the base is as it was when the deltas were
+    saved, and "off" leaves it whole. Raises `PeftcError`: E034 (not a delta directory), E035 (another base),
     E040 (tensors and rule differ).
     """
     delta = DeltaDir.open(directory)
+    form = check_form(quantize, delta.manifest["base"].get("quantized"))
     source = ModelDir.open(delta.base_dir(base))
     source.refuse_adapted()
     source.require_weights()
@@ -96,13 +106,14 @@ def load(
     with torch.no_grad():
         for name in (name for name in plan.trained if name in values):
             adapted.get_parameter(name).copy_(values[name])
-    return _placed(adapted.eval(), device)
+    return _finished(adapted.eval(), form, device)
 
 
 def load_base(
     base: ModelDir, head: str | None, num_labels: int | None, seed: int, dtype: torch.dtype | None = None
 ) -> tuple[Any, type[PreTrainedModel]]:
     """The base model with its weights, and its class; a head that is not stored starts from `seed`."""
+    refuse_quantized_checkpoint(base.config, base.path)
     cls, config = resolve(base.config, base.path, head, num_labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

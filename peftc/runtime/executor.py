@@ -16,8 +16,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from peftc.ir.program import Program
+from peftc.ir.program import Binding, Program
+from peftc.passes.quantize import Quantize
 from peftc.passes.set_mode import SetMode
+from peftc.quantization import dequantize
 from peftc.runtime.hierarchy import slices
 from peftc.runtime.parts import Modules, Parts, State, compiled
 
@@ -25,34 +27,51 @@ from peftc.runtime.parts import Modules, Parts, State, compiled
 class Executor:
     """A graph compiled for one mode and one device.
 
-    `units` maps every path of each module that is to be called to the one it is asked for by. Raises `PeftcError`
+    `units` maps every path of each module that is to be called to the one it is asked for by, `quantized` each
+    parameter that is held in few bits to its form. Raises `PeftcError`
     E041 when the graph cannot be cut at their calls.
     """
 
     def __init__(
-        self, program: Program, *, training: bool, device: torch.device, units: Mapping[str, str] | None = None
+        self,
+        program: Program,
+        *,
+        training: bool,
+        device: torch.device,
+        units: Mapping[str, str] | None = None,
+        quantized: Mapping[str, str] | None = None,
     ) -> None:
         build: Any = self._build  # the decorator hides the signature
-        build(program, training, device, units or {})
+        build(program, training, device, units or {}, quantized or {})
 
     @torch.compiler.disable
-    def _build(self, program: Program, training: Any, device: torch.device, units: Mapping[str, str]) -> None:
+    def _build(
+        self,
+        program: Program,
+        training: Any,
+        device: torch.device,
+        units: Mapping[str, str],
+        quantized: Mapping[str, str],
+    ) -> None:
         graph = fx.Graph()
         result = graph.graph_copy(program.graph, mapping := {})
         graph.output(result)
-        self._bindings = [(b.kind, b.name) for b in program.bindings.values()]
         self._constants = {name: value.to(device) for name, value in program.constants.items() if not value.is_meta}
         self._out_spec: Any = program.exported.call_spec.out_spec
         self.nodes = mapping
         SetMode(training=training).apply_to(graph)
+        bindings = Quantize(quantized).apply_to(graph, {mapping[node]: b for node, b in program.bindings.items()})
+        self._bindings = [(b.kind, b.name) for b in bindings.values()]
         move_to(graph, device)
         self.module = fx.GraphModule(torch.nn.Module(), graph)
         self._results: tuple[Any, ...] = tuple(graph.output_node().args[0])  # pyright: ignore[reportArgumentType]
-        self.parts = self._cut(program, graph, units) if units else None
+        self.parts = self._cut(program, graph, bindings, units) if units else None
 
-    def _cut(self, program: Program, graph: fx.Graph, units: Mapping[str, str]) -> Parts:
-        bindings = {self.nodes[node]: binding for node, binding in program.bindings.items()}
+    def _cut(
+        self, program: Program, graph: fx.Graph, bindings: Mapping[fx.Node, Binding], units: Mapping[str, str]
+    ) -> Parts:
         inserted = {self.nodes[node] for node in program.inserted if node in self.nodes}
+        inserted |= {node for node in graph.nodes if node.target is dequantize and inserted.issuperset(node.users)}
         computed = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
         takes = [node for node, binding in bindings.items() if binding.kind in ("constant", "input")]
         gives = dict.fromkeys(result for result in self._results if isinstance(result, fx.Node))

@@ -29,6 +29,7 @@ from peftc.plan import Plan
 from peftc.runtime.executor import Executor
 from peftc.runtime.generation import Generates, refuse_cache
 from peftc.runtime.hierarchy import called
+from peftc.runtime.quantized import forms_of
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.stateful import HoldsStates
@@ -151,8 +152,9 @@ class GraphModel(HoldsStates, Generates):
         key = (id(program), model.training, model.device, units)
         if key not in self._surgery.executors:
             called = paths_of(model, units)
-            executor = Executor(program, training=model.training, device=model.device, units=called)
-            self._surgery.executors[key] = executor
+            self._surgery.executors[key] = Executor(
+                program, training=model.training, device=model.device, units=called, quantized=forms_of(model)
+            )
         return self._surgery.executors[key]
 
     def execute(self, program: Program, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -203,6 +205,16 @@ class GraphModel(HoldsStates, Generates):
             values = values_to_save(self, state_dict)
             if is_main_process:
                 save_model(self, Path(save_directory), values)
+
+    def save_dequantized(self, base: str | Path, deltas: str | Path) -> None:
+        """Of a model on a quantized base, write the rounded weights as a plain checkpoint at `base` and the active
+        state's deltas at `deltas`, made on that checkpoint: they merge and load without any rounding.
+
+        Raises `PeftcError` E055 where nothing is quantized, E036 for a place that cannot be used.
+        """
+        from peftc.runtime.quantized import save_dequantized
+
+        save_dequantized(self, Path(base), Path(deltas))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A model with parameters of its own; traces, which hold none, are shared."""
