@@ -74,6 +74,7 @@ def check(
 def _check_file(name: str, sets: Mapping[str, object], insert: Insert | None) -> Checked:
     from peftc.check_tests import check_tests
     from peftc.lang.forms import is_form, parse_form
+    from peftc.lang.idle import check_trains
     from peftc.lang.lint import lint
     from peftc.lang.loader import parse_rule, rule_source
     from peftc.lang.shapes.check import check_row
@@ -93,6 +94,7 @@ def _check_file(name: str, sets: Mapping[str, object], insert: Insert | None) ->
             rule = parse_rule(text, file, sets)
             told = (diagnostic for delta in rule.deltas for diagnostic in check_row(delta, rule.hyper))
             found += (diagnostic for diagnostic in told if diagnostic.severity == "warning")
+            found += check_trains(rule)
             found += check_tests(rule)
             found += [] if insert is None else _against_model(rule, insert)
     except PeftcError as error:
@@ -128,13 +130,16 @@ def _inserter(path: Path, head: str | None, num_labels: int | None) -> Insert:
 
 
 def _against_model(rule: Rule, insert: Insert) -> list[Diagnostic]:
+    from peftc.lang.idle import check_trains, idle
     from peftc.passes.fold import analyse_folds
 
     try:
-        program, _ = insert(rule)
+        program, plan = insert(rule)
     except PeftcError as error:
         return [_placed(diagnostic, rule) for diagnostic in error.diagnostics]
     collector = Collector()
+    if not plan.trainable and not check_trains(rule):
+        collector.extend([idle(rule, "no parameter of its rows is there in this model")])
     _note_folds(rule, analyse_folds(program), collector)
     _note_starts(rule, program, collector)
     return collector.diagnostics

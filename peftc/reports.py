@@ -189,6 +189,8 @@ def render_deltas(console: Console, plan: Plan, counts: Counts) -> None:
         console.print(f"learning rate of {name} ({len(names)} tensors): {rate:g} times the base's")
     console.print(f"trains {plan.trained_count:,} of {plan.base_count:,} parameters ({plan.percent:.2f} %)")
     console.print(counts.describe())
+    if not plan.trainable:
+        console.print("note: nothing trains; `peftc explain W013`")
     if plan.budget is not None:
         console.print(plan.budget.describe())
 

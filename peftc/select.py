@@ -80,9 +80,10 @@ def nearest_miss(
         help = f"{place}{'; ' if place else ''}the row is at {at}" if at is not None else place
         return f"delta `{delta.name}` matches nothing: {reason}", span, help
     if not of_kind:
-        kinds = sorted({site.kind for site in sites if site.kind != "model"})
+        from peftc.nearest import offer  # it reads `selected`
+
         message = f"delta `{delta.name}` matches nothing: this model has no {wanted} site"
-        return message, delta.span_at("at"), f"it has: {', '.join(kinds)}"
+        return message, delta.span_at("at"), offer(delta, rule, sites)
     left = of_kind
     for name, holds in _conditions(delta.where, rule):
         kept = [site for site in left if holds(site)]

@@ -47,7 +47,7 @@ WRONG = {
     "nothing for that condition": (
         "E020", 'a: {at: ffn, modify: out, form: bottleneck, where: {if: "d_ff > 999"}}', '"d_ff', "d_ff=64",
     ),
-    "no site of that kind": ("E020", "a: {at: conv, modify: out, form: bottleneck}", "conv", "it has: attention"),
+    "no site of that kind": ("E020", "a: {at: conv, modify: out, form: bottleneck}", "conv", "it has: 2 attention ("),
     "another number of sites": ("E021", "a: {at: ffn, modify: out, form: bottleneck, expect: 3}", "3", "peftc sites"),
 }  # fmt: skip
 

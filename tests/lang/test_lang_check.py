@@ -135,7 +135,7 @@ def test_checking_imports_no_torch() -> None:
 
 
 WRONG = HEAD + "hyper: {s: 1.0}\ndeltas:\n  a: {at: ffn, modify: ou, form: 'softmax(x, axis=1)'}\n"
-UNUSED = HEAD + "hyper: {s: 1.0}\ndeltas:\n  a: {at: ffn, modify: out, form: 1 * x}\n"
+UNUSED = HEAD + "hyper: {s: 1.0}\ndeltas:\n  a: {at: ffn, modify: out, form: vector}\n"
 
 
 def test_exit_code_is_2_for_errors_and_0_for_warnings() -> None:
@@ -190,7 +190,7 @@ def test_sarif_names_tool_rules_levels_and_places() -> None:
 
 @pytest.mark.parametrize("form", ["text", "github"])
 def test_a_page_of_mistakes_is_printed_and_the_rest_counted(form: str) -> None:
-    rows = "".join(f"  a{i}: {{at: fn, modify: out, form: 1 * x}}\n" for i in range(MOST_SHOWN + 7))
+    rows = "".join(f"  a{i}: {{at: fn, modify: out, form: vector}}\n" for i in range(MOST_SHOWN + 7))
     Path("many.yaml").write_text(f"{HEAD}deltas:\n{rows}", encoding="utf-8")
     result = run("many.yaml", "--format", form)
     assert result.stdout.count("unknown site") == MOST_SHOWN
