@@ -12,6 +12,7 @@ from peftc.gaps import gaps
 from peftc.lang.rule import in_words
 from peftc.layered import describe_layers, per_layer
 from peftc.overlaps import overlaps
+from peftc.sharing import shared
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,6 +110,7 @@ class PlanReport:
             "hyper": self.plan.rule.values,
             "per_layer": per_layer(self.plan),
             "gaps": [gap.to_json() for gap in gaps(self.plan)],
+            "shared": [fact.to_json() for fact in shared(self.plan)],
             "overlaps": [overlap.to_json() for overlap in overlaps(self.plan)],
             **counts_json(self.plan, self.counts),
             "parameters": {p.name: list(p.shape) for p in self.plan.parameters.values()},
@@ -123,8 +125,8 @@ class PlanReport:
         for name, values in per_layer(self.plan).items():
             console.print(f"{name} = {describe_layers(values)}")
         render_deltas(console, self.plan, self.counts)
-        for gap in gaps(self.plan):
-            console.print(f"note: {gap.describe()}")
+        for fact in (*gaps(self.plan), *shared(self.plan)):
+            console.print(f"note: {fact.describe()}")
         for overlap in overlaps(self.plan):
             console.print(f"overlap: {overlap.describe()}")
         render_folds(console, self.decisions)
@@ -144,12 +146,13 @@ class ApplyReport:
             "rule": self.plan.rule.name,
             **counts_json(self.plan, self.counts),
             "gaps": [gap.to_json() for gap in gaps(self.plan)],
+            "shared": [fact.to_json() for fact in shared(self.plan)],
         }
 
     def render(self, console: Console) -> None:
         render_deltas(console, self.plan, self.counts)
-        for gap in gaps(self.plan):
-            console.print(f"note: {gap.describe()}")
+        for fact in (*gaps(self.plan), *shared(self.plan)):
+            console.print(f"note: {fact.describe()}")
         console.print(f"wrote [bold]{self.out}[/bold]; train it, then: peftc merge {self.out} --export onnx")
 
 

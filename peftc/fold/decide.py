@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from peftc.fold.affine import Affine, Constant, Opaque, classify
-from peftc.fold.linears import Reach, short_name
+from peftc.fold.linears import Reach, readers_of, short_name
 from peftc.fold.widen import Widening, find_widening
 from peftc.ir.program import Insertion, Program, is_call
 from peftc.ir.sites import Linear
@@ -133,7 +133,8 @@ def _decide_parameter(reach: Reach, insertion: Insertion) -> Decision:
     name = reach.program.parameter_name(placeholder)
     if name is None:
         return _kept(insertion, f"{placeholder} is no parameter", placeholder)
-    blocked = reach.used_elsewhere(name, placeholder)
+    taps = [entry.site.taps[entry.tap] for entry in (insertion, *reach.twins(insertion))]
+    blocked = reach.used_elsewhere(name, placeholder, {tap.user for tap in taps if tap.user is not None})
     if blocked:
         return _kept(insertion, blocked, placeholder)
     return Decision(insertion, "merged", node=str(insertion.after), side="parameter")
@@ -170,13 +171,22 @@ def _merged(
 ) -> Decision:
     if kind.offset and linear.bias_name is None:
         return _kept(insertion, f"it adds a bias, and `{short_name(linear)}` has none")
-    blocked = reach.shared([linear]) or (reach.shared_rows(insertion, linear) if side == "output" else "")
+    blocked = reach.shared([linear], _alike(reach, insertion, side)) or (
+        reach.shared_rows(insertion, linear) if side == "output" else ""
+    )
     if blocked:
         return _kept(insertion, blocked, linear.node)
     return Decision(
         insertion, "merged", "", str(insertion.after), linear, side,
         unit="h" in kind.unit, reads_x="x" in kind.streams, offset=kind.offset, met=met,
     )  # fmt: skip
+
+
+def _alike(reach: Reach, insertion: Insertion, side: Literal["output", "input"]) -> set[fx.Node]:
+    """The nodes that read the weights of the linear layers which this delta and its twins are at."""
+    find = reach.producer if side == "output" else reach.consumer
+    paths = [find(entry) for entry in (insertion, *reach.twins(insertion))]
+    return {node for path in paths if path is not None for node in readers_of(path.linear)}
 
 
 def _same_value(a: fx.Node | None, b: object) -> bool:
@@ -200,6 +210,9 @@ def _settle(reach: Reach, decision: Decision, of: Callable[[Insertion], Decision
 
 def _obstacle(reach: Reach, decision: Decision, of: Callable[[Insertion], Decision]) -> tuple[str, fx.Node] | None:
     insertion, ledger = decision.insertion, reach.program.ledger
+    staying = _first_staying(reach.twins(insertion), of)
+    if staying is not None:
+        return staying
     if decision.side == "parameter":
         node = insertion.site.taps[insertion.tap].node
         earlier = [e for e in ledger[: ledger.index(insertion)] if e.site.taps[e.tap].node is node]

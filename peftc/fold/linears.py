@@ -6,7 +6,7 @@ from a tap crosses views, pieces of fused projections, and the places where othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +27,15 @@ class Path:
 
     linear: Linear
     met: tuple[Insertion, ...]
+
+
+def readers_of(linear: Linear) -> set[fx.Node]:
+    """The nodes by which a linear layer reads its weight and its bias."""
+    found, node = {linear.node}, linear.weight_operand
+    while node is not linear.weight:
+        found.add(node)
+        node = operand(node, 0)
+    return found
 
 
 def short_name(linear: Linear) -> str:
@@ -135,19 +144,32 @@ class Reach:
     def _overlaps(self, linear: Linear, part: fx.Node, own: set[int]) -> bool:
         return bool(own & set(selection(self.program, linear.node, part, "flat").tolist()))
 
-    def shared(self, linears: Iterable[Linear]) -> str:
-        """Why weights cannot be changed for one site alone, or ""."""
+    def twins(self, insertion: Insertion) -> list[Insertion]:
+        """The entries that are the same delta, with the same parameters and sizes, at other calls of the same module.
+
+        What one of them does to a weight, all of them do.
+        """
+        site = insertion.site
+        return [
+            entry for entry in self.program.ledger
+            if entry is not insertion and (entry.delta, entry.tap) == (insertion.delta, insertion.tap)
+            and entry.parameters == insertion.parameters
+            and (entry.site.kind, entry.site.path, entry.site.dims) == (site.kind, site.path, site.dims)
+        ]  # fmt: skip
+
+    def shared(self, linears: Iterable[Linear], alike: Collection[fx.Node] = frozenset()) -> str:
+        """Why weights cannot be changed for one site alone, or ""; `alike` are readers that change with it."""
         for linear in linears:
             for name, node in ((linear.weight_name, linear.weight), (linear.bias_name, linear.bias)):
-                reason = self.used_elsewhere(name, node) if name is not None and node is not None else ""
+                reason = self.used_elsewhere(name, node, alike) if name is not None and node is not None else ""
                 if reason:
                     return reason
         return ""
 
-    def used_elsewhere(self, name: str, placeholder: fx.Node) -> str:
+    def used_elsewhere(self, name: str, placeholder: fx.Node, alike: Collection[fx.Node] = frozenset()) -> str:
         """The other places that read a parameter, under its own name or one it is tied to, or ""."""
         places = self._readers(placeholder)
-        if len(places) > 1:
+        if len(places) > 1 and not places <= set(alike):
             where = ", ".join(sorted({module_path(p) for p in places}))
             return f"{name} is used in {len(places)} places ({where}), and a checkpoint has one tensor for all of them"
         first = self.program.tied.get(name, name)

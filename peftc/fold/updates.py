@@ -61,7 +61,20 @@ def updates_for(program: Program, decisions: Iterable[Decision]) -> list[Update]
             return 0, place
         return (2, -place) if decision.side == "input" else (1, place)
 
-    return [_update(reach, decision) for decision in sorted((d for d in decisions if d.folds), key=turn)]
+    folding = sorted((d for d in decisions if d.folds), key=turn)
+    first: dict[object, Decision] = {}
+    for decision in folding:  # what calls of one module do to its weight in common is done to it once
+        first.setdefault(_change(program, decision), decision)
+    return [_update(reach, decision) for decision in first.values()]
+
+
+def _change(program: Program, decision: Decision) -> object:
+    """What makes two decisions one and the same change of a tensor."""
+    insertion, tap = decision.insertion, decision.insertion.site.taps[decision.insertion.tap]
+    name = program.parameter_name(tap.node) if decision.into is None else decision.into.weight_name
+    if name is None:
+        return id(decision)
+    return insertion.delta, insertion.tap, insertion.parameters, decision.side, name, insertion.site.path
 
 
 def _update(reach: Reach, decision: Decision) -> Update:

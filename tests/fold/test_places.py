@@ -172,8 +172,6 @@ REFUSED = {
                          "form: {params: {l: {shape: [1], init: ones}}, expr: h * l}}", "lm_head, transformer.wte"),
     "tied to the embedding": ("gpt2", "{at: linear, where: {role: other}, modify: out, insert: parallel, "
                               "form: low_rank, with: {r: 2}}", "lm_head, transformer.wte"),
-    "weight of two layers": ("albert", "{at: attention, modify: q, insert: parallel, form: low_rank, with: {r: 2}}",
-                             "is used in 2 places"),
     "bias where there is none": ("llama", "{at: attention, modify: q, insert: sequential, "
                                  "form: {params: {b: {shape: [d_out], init: zeros}}, expr: b}}",
                                  "adds a bias, and `q_proj` has none"),
