@@ -120,16 +120,17 @@ def trace(
     tensors: dict[str, Any] = {name: sample(spec) for name, spec in renamed.items()}
     fixed = {"use_cache": layout is not None, **(flags or {})}
     cache = TraceCache.of_environment()
-    key = key_of(model, renamed, fixed)
-    with quiet():
-        exported = cache.read(key)
-    if exported is None:
-        settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+    with _experts_in_one_op(model):
+        key = key_of(model, renamed, fixed)
         with quiet():
-            exporter = DynamoExporter()
-        exported = _export(exporter, model, tensors, settings, fixed, layout)
-        with quiet():
-            cache.write(key, exported)
+            exported = cache.read(key)
+        if exported is None:
+            settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+            with quiet():
+                exporter = DynamoExporter()
+            exported = _export(exporter, model, tensors, settings, fixed, layout)
+            with quiet():
+                cache.write(key, exported)
     program = Program.from_exported(exported)
     used = {binding.name for node, binding in program.bindings.items() if binding.kind == "constant" and _read(node)}
     lost = [name for name in used if program.constants[name].device.type == "meta"]
@@ -159,6 +160,20 @@ def _export(
                 help="try another head (--head) or other inputs; the model class itself must be traceable",
             )
     return getattr(exported, "program", exported)  # transformers 5.20 returns it bare
+
+
+@contextlib.contextmanager
+def _experts_in_one_op(model: PreTrainedModel) -> Iterator[None]:
+    """A loop over the experts that tokens chose depends on data, and has no graph: grouped products are the same."""
+    chosen = getattr(model.config, "_experts_implementation", None)
+    looped = chosen == "eager" and model._can_set_experts_implementation()
+    if looped:
+        model.set_experts_implementation("grouped_mm")
+    try:
+        yield
+    finally:
+        if looped:
+            model.set_experts_implementation(chosen)
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, str]:

@@ -74,6 +74,7 @@ def _site(down: Stacked, ups: list[Stacked]) -> Site | None:
 
 def _hidden_state(node: fx.Node) -> fx.Node | None:
     """Back through the choice of rows to the hidden state [B, S, d] that they are rows of."""
+    node = skip_back(node, aten.unsqueeze.default)  # a batched product takes each row as a matrix
     for _ in range(32):
         sizes = shape_of(node)
         if len(sizes) == 3 and not isinstance(sizes[0], int):

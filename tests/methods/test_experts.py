@@ -18,7 +18,10 @@ from torch import Tensor
 
 from methods.harness import Folded, difference, gradients, inputs, output, scramble
 from peftc.fold.state import FoldedState
+from peftc.frontend.trace import build_skeleton, default_inputs
+from peftc.lang.loader import parse_rule
 from peftc.passes.fold import Fold
+from peftc.pipeline import analyse, rewrite
 from peftc.runtime.graph_model import GraphModel, state_of
 
 R, ALPHA = 2, 6.0
@@ -233,3 +236,62 @@ def test_folded_experts_answer_as_the_unfolded_model_does(name: str, subject_of:
     folded = Folded.of(subject.ours)
     assert (folded.results, set(folded.state.touched)) == ({"merged"}, set(subject.stacks))
     assert difference(output(folded.into(subject.plain)), output(subject.ours)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_are_found_however_the_model_runs_them(way: str) -> None:
+    """A loop is traced as a grouped product, which computes the same; the model's own choice stays."""
+    config = CONFIGS["gpt_oss"]()
+    config._experts_implementation = way
+    skeleton = build_skeleton(transformers.GptOssForCausalLM, config, torch.float32)
+    sites = analyse(skeleton, default_inputs(skeleton.model)).sites
+    assert skeleton.config._experts_implementation == way
+    taps = {"gate_up": "transposed", "down": "transposed", "gate_up_bias": "flat", "down_bias": "flat"}
+    found = [site for site in sites if site.kind == "experts"]
+    assert [{name: tap.layout for name, tap in site.taps.items()} for site in found] == [taps, taps]
+    assert [site.path for site in sites if site.kind == "ffn"] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+CHOSEN = """\
+peftc: 1
+name: chosen
+hyper: {r: 4, ids: {default: [0, 2], min: 0}}
+deltas:
+  lora:
+    at: experts
+    modify: down
+    insert: sequential
+    params:
+      A: {shape: [len(ids), r, d_in], init: kaiming_uniform}
+      B: {shape: [len(ids), d_out, r], init: zeros}
+    form: "place(B @ A, ids, experts)"
+  rest:
+    at: experts
+    modify: down
+    insert: sequential
+    params:
+      A: {shape: [1, 1, d_in], init: kaiming_uniform}
+      B: {shape: [1, d_out, 1], init: zeros}
+    form: "place(B @ A, [1], experts)"
+"""
+
+
+def test_chosen_experts_have_a_rank_of_their_own(subject_of: Callable[[str], Subject]) -> None:
+    """Experts 0 and 2 with rank 4, expert 1 with rank 1: the stack moves by each one's own product."""
+    subject = subject_of("mixtral")
+    located = analyse(subject.ours.skeleton(), default_inputs(subject.ours.skeleton().model))
+    plan = rewrite(located, parse_rule(CHOSEN, "chosen.yaml"))
+    assert plan.trained_count == 2 * (2 * 4 + 1) * (24 + 16)
+    generator = torch.Generator().manual_seed(5)
+    deltas = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in plan.parameters.items()}
+    state = {**state_of(subject.plain), **deltas}
+    step = Fold()
+    step.apply(located)
+    assert {decision.result for decision in step.decisions} == {"merged"}
+    folded = FoldedState(lambda name: state[name].detach(), step.updates)
+    for layer in (0, 1):
+        stack, own = f"model.layers.{layer}.mlp.experts.down_proj", f"model.layers.{layer}.mlp.experts.peftc"
+        moved = folded(stack) - subject.plain.get_parameter(stack).detach()
+        for expert, (row, place) in {0: ("lora", 0), 1: ("rest", 0), 2: ("lora", 1)}.items():
+            product = deltas[f"{own}.{row}.B"][place] @ deltas[f"{own}.{row}.A"][place]
+            assert difference(moved[expert], product) <= TOLERANCE
