@@ -6,6 +6,7 @@ Weights are stored as [experts, out, in], or as [experts, in, out] with gate and
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,37 @@ def test_folded_experts_answer_as_the_unfolded_model_does(name: str, subject_of:
     folded = Folded.of(subject.ours)
     assert (folded.results, set(folded.state.touched)) == ({"merged"}, set(subject.stacks))
     assert difference(output(folded.into(subject.plain)), output(subject.ours)) <= TOLERANCE
+
+
+def test_experts_that_are_called_by_themselves_answer_the_same(subject_of: Callable[[str], Subject]) -> None:
+    """A hook makes the graph run in parts: each mixture's weights are then made inside its own call."""
+    subject = subject_of("mixtral")
+    calls: list[str] = []
+    pairs = [tensor for stack in subject.stacks for tensor in subject.pair(stack)]
+    whole, before = output(subject.ours), gradients(subject.ours, pairs)
+    experts = subject.ours.get_submodule("model.layers.1.mlp.experts")
+    hook = experts.register_forward_hook(lambda *_: calls.append("experts"))
+    try:
+        assert torch.equal(output(subject.ours), whole) and calls == ["experts"]
+        assert all(torch.equal(a, b) for a, b in zip(gradients(subject.ours, pairs), before, strict=True))
+    finally:
+        hook.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_folded_experts_answer_in_onnxruntime_as_in_torch(name: str, tmp_path: Path) -> None:
+    import peftc
+    from peftc import driver
+
+    tiny(name).float().save_pretrained(tmp_path / "base", save_original_format=True)
+    ours = peftc.apply("experts_lora", tmp_path / "base", set={"r": R})
+    scramble((key, ours.get_parameter(key)) for key in ours.surgery.plan.parameters)
+    ours.save_pretrained(tmp_path / "delta")
+    driver.merge(tmp_path / "delta", tmp_path / "out", export={"onnx"})
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert {decision["result"] for decision in certificate["decisions"]} == {"merged"}
+    assert len(certificate["comparisons"]) >= 2 and all(entry["holds"] for entry in certificate["comparisons"])
 
 
 @pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
