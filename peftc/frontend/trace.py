@@ -165,15 +165,16 @@ def _export(
 @contextlib.contextmanager
 def _experts_in_one_op(model: PreTrainedModel) -> Iterator[None]:
     """A loop over the experts that tokens chose depends on data, and has no graph: grouped products are the same."""
-    chosen = getattr(model.config, "_experts_implementation", None)
-    looped = chosen == "eager" and model._can_set_experts_implementation()
+    looped = (
+        getattr(model.config, "_experts_implementation", None) == "eager" and model._can_set_experts_implementation()
+    )
     if looped:
         model.set_experts_implementation("grouped_mm")
     try:
         yield
     finally:
         if looped:
-            model.set_experts_implementation(chosen)
+            model.set_experts_implementation("eager")
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, str]:

@@ -126,7 +126,7 @@ def _swaps_matrix_axes(node: fx.Node) -> bool:
 
 def _picks_along_first_axis(node: fx.Node) -> bool:
     if is_call(node, aten.index_select.default):
-        return node.args[1] == 0
+        return isinstance(node.args[1], int) and node.args[1] == 0
     indices = node.args[1]
     return isinstance(indices, (list, tuple)) and len(indices) == 1 and isinstance(indices[0], fx.Node)
 

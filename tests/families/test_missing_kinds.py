@@ -6,6 +6,7 @@ Mamba has no attention and no FFN, ConvNeXt no attention, Llama no mixture of ex
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 
 import pytest
@@ -87,8 +88,7 @@ def test_rules_with_the_form_of_the_refused_one_come_first() -> None:
 
 
 @pytest.mark.parametrize("made", [mamba, convnext])
-def test_rules_that_are_said_to_apply_do(made: object) -> None:
-    assert callable(made)
+def test_rules_that_are_said_to_apply_do(made: Callable[[], Program]) -> None:
     program = made()
     names = {name for rule in ("mam", "lora", "ia3") for name in nearest_rules(load_rule(rule), program.sites)}
     assert len(names) >= 2
