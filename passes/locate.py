@@ -41,13 +41,9 @@ class Locate:
         plain = [*find_experts(program), *find_plain(program, linears)]
         _assign_roles(program, composed, plain)
         order = {node: index for index, node in enumerate(program.graph.nodes)}
-        found = sorted([*composed, *plain], key=lambda site: order[_anchor(site)])
+        found = sorted([*composed, *plain], key=lambda site: order[site.anchor])
         blocks = assign_blocks(program, found)
         program.sites = (*found, *blocks, model_site(program))
-
-
-def _anchor(site: Site) -> fx.Node:
-    return site.anchor
 
 
 def _assign_roles(program: Program, composed: list[Site], plain: list[Site]) -> None:

@@ -6,6 +6,8 @@
 - an op that writes into a value of the graph (`add_`) becomes the one that makes a new value, where nothing else
   shares the memory;
 - integers that `histc` counts become floats, which it counts on the CPU too;
+- an einsum that is a product of matrices becomes one, and attention with the sequence in front of the batch becomes one
+  with the batch in front;
 - a value made empty and then filled piece by piece becomes the `cat` of its pieces;
 - what nothing uses any more is removed.
 
@@ -22,6 +24,8 @@ from torch import fx
 
 from peftc.ir.builder import Builder
 from peftc.ir.program import Program, is_call, is_getitem, shape_of
+from peftc.locate.batch_first import batch_first
+from peftc.locate.einsum import einsum_to_matmul
 from peftc.locate.walk import PIECES, VIEWS
 
 aten = torch.ops.aten
@@ -41,6 +45,8 @@ class Normalize:
         for node in list(graph.nodes):
             if is_call(node, aten.addmm.default):
                 _addmm_to_linear(program, node)
+            elif is_call(node, aten.einsum.default):
+                einsum_to_matmul(program, node)
             elif is_call(node, aten.histc.default):
                 _count_as_float(program, node)
             elif node.op == "call_function":
@@ -48,6 +54,8 @@ class Normalize:
         for node in list(graph.nodes):
             if is_call(node, aten.new_empty.default, aten.empty.memory_format):
                 _pieces_to_cat(program, node)
+        graph.eliminate_dead_code()
+        batch_first(program)
         graph.eliminate_dead_code()
 
 

@@ -1,7 +1,7 @@
 """Attention regions: the part of a graph between projected queries, keys, values and the heads' outputs.
 
 Two shapes exist in traced models: one fused `scaled_dot_product_attention` node, and the eager spelling, scores,
-softmax, product. Both can do what prefix tuning needs (He et al. 2022, section 3.1):
+softmax, product (`peftc.ir.eager`). Both can do what prefix tuning needs (He et al. 2022, section 3.1):
 
 - `extend(keys, values)`: attend to `l` more rows, whose scores get no bias and no mask;
 - `log_partition()`: logsumexp of the scores per query, the denominator in the gate λ;
@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from peftc.ir.builder import Builder
-from peftc.ir.program import is_call, shape_of
+from peftc.ir.program import shape_of
 
 aten = torch.ops.aten
 
@@ -41,13 +41,18 @@ class Region(Protocol):
     def heads_out(self) -> fx.Node: ...
     @property
     def head_count(self) -> int: ...
+    @property
+    def in_blocks(self) -> bool:
+        """Whether queries are cut into blocks, so that `heads` lies otherwise here and only `extend` can be done."""
+        ...
+
     def operands(self) -> list[fx.Node]: ...
     def extend(self, builder: Builder, keys: fx.Node, values: fx.Node) -> None: ...
     def log_partition(self, builder: Builder) -> fx.Node: ...
     def attend(self, builder: Builder, keys: fx.Node, values: fx.Node) -> tuple[fx.Node, fx.Node]: ...
 
 
-def _rows(builder: Builder, rows: fx.Node, heads: int) -> fx.Node:
+def head_rows(builder: Builder, rows: fx.Node, heads: int) -> fx.Node:
     """[l, kv, d] or [B, l, kv, d] to [1 or B, heads, l, d]."""
     if rows.meta["val"].dim() == 3:
         rows = builder.call(aten.unsqueeze.default, rows, 0)
@@ -56,7 +61,7 @@ def _rows(builder: Builder, rows: fx.Node, heads: int) -> fx.Node:
     return rows if groups == 1 else builder.call(aten.repeat_interleave.self_int, rows, groups, 1)
 
 
-def _expand_batch(builder: Builder, rows: fx.Node, like: fx.Node) -> fx.Node:
+def over_batch(builder: Builder, rows: fx.Node, like: fx.Node) -> fx.Node:
     if shape_of(rows)[0] != 1:
         return rows
     return builder.call(aten.expand.default, rows, [builder.size(like, 0), -1, -1, -1])
@@ -90,6 +95,10 @@ class FusedRegion:
     def head_count(self) -> int:
         return int(shape_of(self.anchor)[1])
 
+    @property
+    def in_blocks(self) -> bool:
+        return False
+
     def operands(self) -> list[fx.Node]:
         return [arg for arg in self.anchor.args[:3] if isinstance(arg, fx.Node)]
 
@@ -109,7 +118,7 @@ class FusedRegion:
         mask, is_causal = self._option(3, "attn_mask", None), self._option(5, "is_causal", False)
         parts = []
         for rows, base in ((keys, key), (values, value)):
-            rows = builder.cast(_expand_batch(builder, _rows(builder, rows, heads), base), base.meta["val"].dtype)
+            rows = builder.cast(over_batch(builder, head_rows(builder, rows, heads), base), base.meta["val"].dtype)
             parts.append(builder.call(aten.cat.default, [rows, base], 2))
         if mask is None and is_causal:
             mask = self._causal_mask(builder, query, key)
@@ -133,7 +142,8 @@ class FusedRegion:
         value = mask.meta["val"]
         if value.shape[-1] == 1:  # broadcast over keys: give it the keys' axis first
             mask = builder.call(aten.expand.default, mask, [-1] * (value.dim() - 1) + [base])
-        extra = total - base if isinstance(total, int) and isinstance(base, int) else _difference(builder, total, base)
+        fixed = isinstance(total, int) and isinstance(base, int)
+        extra = total - base if fixed else builder.call(operator.sub, total, base)
         sizes = [builder.size(mask, axis) for axis in range(value.dim() - 1)] + [extra]
         full = builder.call(aten.full.default, sizes, value.dtype == torch.bool, dtype=value.dtype, device=value.device)
         return builder.call(aten.cat.default, [full, mask], -1)
@@ -158,120 +168,5 @@ class FusedRegion:
     def attend(self, builder: Builder, keys: fx.Node, values: fx.Node) -> tuple[fx.Node, fx.Node]:
         query = self.operands()[0]
         dtype = query.meta["val"].dtype
-        rows = [builder.cast(_rows(builder, part, self.head_count), dtype) for part in (keys, values)]
+        rows = [builder.cast(head_rows(builder, part, self.head_count), dtype) for part in (keys, values)]
         return _softmax_over(builder, query, rows[0], rows[1], self._scale)
-
-
-Step = tuple[Any, tuple[Any, ...]]
-"""A pointwise op with the arguments that follow the value: (aten.mul.Tensor, (0.125,))."""
-
-
-def _node(argument: object) -> fx.Node:
-    assert isinstance(argument, fx.Node)
-    return argument
-
-
-def _difference(builder: Builder, total: Any, base: Any) -> Any:
-    return builder.call(operator.sub, total, base)
-
-
-@dataclass(frozen=True, slots=True)
-class EagerRegion:
-    """scores -> softmax -> (dropout) -> product with the values, spelled out.
-
-    The operands of the two products are 3-D [B * heads, ..] or 4-D [B, heads, ..]; `heads_out` is the 4-D value
-    [B, heads, S, head_dim].
-    """
-
-    anchor: fx.Node
-    """The softmax."""
-    scores: fx.Node
-    """The product q kᵀ."""
-    product: fx.Node
-    """The product of the weights with the values."""
-    steps: tuple[Step, ...]
-    """What is done to the scores of a row whatever its place: the scale, a soft cap. A prefix's rows undergo it too."""
-    heads_out: fx.Node
-    logits: fx.Node
-    """The scores that rows are put in front of; a column of sinks may follow, and what a row is shifted by."""
-
-    @property
-    def entry(self) -> fx.Node:
-        return self.anchor.prev if self.logits is self.anchor.args[0] else self.logits
-
-    @property
-    def _is_baddbmm(self) -> bool:
-        return is_call(self.scores, aten.baddbmm.default)
-
-    @property
-    def queries(self) -> fx.Node:
-        return _node(self.scores.args[1 if self._is_baddbmm else 0])
-
-    @property
-    def keys(self) -> fx.Node:
-        """The keys as the product takes them: [.., head_dim, S]."""
-        return _node(self.scores.args[2 if self._is_baddbmm else 1])
-
-    @property
-    def values(self) -> fx.Node:
-        return _node(self.product.args[1])
-
-    @property
-    def head_count(self) -> int:
-        return int(shape_of(self.heads_out)[1])
-
-    def operands(self) -> list[fx.Node]:
-        return [self.queries, self.keys, self.values]
-
-    def _split(self, builder: Builder, node: fx.Node) -> fx.Node:
-        """[B * heads, S, d] to [B, heads, S, d]."""
-        if node.meta["val"].dim() == 4:
-            return node
-        sizes = [-1, self.head_count, builder.size(node, 1), builder.size(node, 2)]
-        return builder.reshape(node, sizes)
-
-    def _scores_of(self, builder: Builder, keys: fx.Node) -> fx.Node:
-        query = self._split(builder, self.queries)
-        rows = builder.cast(_rows(builder, keys, self.head_count), query.meta["val"].dtype)
-        scores = builder.call(aten.matmul.default, query, builder.call(aten.transpose.int, rows, -2, -1))
-        for target, arguments in self.steps:
-            scores = builder.call(target, scores, *arguments)
-        return scores
-
-    def _base_scores(self) -> fx.Node:
-        return self.logits
-
-    def extend(self, builder: Builder, keys: fx.Node, values: fx.Node) -> None:
-        scores = self._base_scores()
-        flat = scores.meta["val"].dim() == 3
-        extra = builder.cast(self._scores_of(builder, keys), scores.meta["val"].dtype)
-        if flat:
-            extra = builder.call(aten.flatten.using_ints, extra, 0, 1)
-        longer = builder.call(aten.cat.default, [extra, scores], -1)
-        if self.logits is self.anchor.args[0]:
-            self.anchor.replace_input_with(scores, longer)
-        else:  # a row's largest is taken over the prefix too
-            own = set(builder.nodes)
-            scores.replace_all_uses_with(longer, delete_user_cb=lambda user: user not in own)
-        rows = builder.cast(_rows(builder, values, self.head_count), self.values.meta["val"].dtype)
-        if self.values.meta["val"].dim() == 3:
-            rows = _expand_batch(builder, rows, self._split(builder, self.queries))
-            rows = builder.call(aten.flatten.using_ints, rows, 0, 1)
-        else:
-            rows = _expand_batch(builder, rows, self.values)
-        self.product.replace_input_with(self.values, builder.call(aten.cat.default, [rows, self.values], -2))
-
-    def log_partition(self, builder: Builder) -> fx.Node:
-        scores = self._base_scores()
-        if scores.meta["val"].dim() == 3:
-            scores = self._split(builder, scores)
-        return builder.call(aten.logsumexp.default, scores, [-1], True)
-
-    def attend(self, builder: Builder, keys: fx.Node, values: fx.Node) -> tuple[fx.Node, fx.Node]:
-        scores = self._scores_of(builder, keys)
-        rows = builder.cast(_rows(builder, values, self.head_count), self.values.meta["val"].dtype)
-        weights = builder.call(aten.softmax.int, scores, -1)
-        return (
-            builder.call(aten.matmul.default, weights, rows),
-            builder.call(aten.logsumexp.default, scores, [-1], True),
-        )

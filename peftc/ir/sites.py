@@ -8,6 +8,7 @@ head_dim] for `heads`, [d_out, d_in] for weights) and `write` puts a new value i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-Layout = Literal["flat", "bshd", "bhsd", "transposed"]
-"""flat: as it is; bshd, bhsd: heads split from a flat representation; transposed: a weight stored [.., in, out]."""
+Layout = Literal["flat", "bshd", "bhsd", "sbhd", "sbd", "bds", "transposed"]
+"""flat: as it is; letters: its axes in order, batch, sequence, heads and width, where a flat value is [b, s, h * d];
+transposed: a weight stored [.., in, out]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,12 @@ class Tap:
     def read(self, program: Program, builder: Builder) -> fx.Node:
         """The tap's value in canonical layout (new nodes only when the graph holds another layout)."""
         node = self.current(program)
+        if self.layout == "flat":
+            return node
         if self.layout == "transposed":
             return builder.call(aten.transpose.int, node, -2, -1)
-        if self.layout == "bhsd":
-            node = builder.call(aten.transpose.int, node, 1, 2)
-        if self.layout in ("bhsd", "bshd"):
-            return builder.call(aten.flatten.using_ints, node, -2, -1)
-        return node
+        node = _permuted(builder, node, [self.layout.index(axis) for axis in "bshd" if axis in self.layout])
+        return builder.call(aten.flatten.using_ints, node, -2, -1) if "h" in self.layout else node
 
     def write(
         self, program: Program, builder: Builder, value: fx.Node, held: Collection[fx.Node] = frozenset()
@@ -69,11 +70,12 @@ class Tap:
         old = self.current(program)
         if self.layout == "transposed":
             value = builder.call(aten.transpose.int, value, -2, -1)
-        elif self.layout in ("bhsd", "bshd"):
-            heads, width = shape_of(self.node)[2 if self.layout == "bshd" else 1], shape_of(self.node)[-1]
-            value = builder.call(aten.unflatten.int, value, -1, [heads, width])
-            if self.layout == "bhsd":
-                value = builder.call(aten.transpose.int, value, 1, 2)
+        elif self.layout != "flat":
+            if "h" in self.layout:
+                sizes = [shape_of(self.node)[self.layout.index(axis)] for axis in "hd"]
+                value = builder.call(aten.unflatten.int, value, -1, sizes)
+            order = [axis for axis in "bshd" if axis in self.layout]
+            value = _permuted(builder, value, [order.index(axis) for axis in self.layout])
         own = {*builder.nodes, *held}
         if self.user is not None:
             self.user.replace_input_with(old, value)
@@ -97,20 +99,32 @@ class Tap:
     def width(self) -> int:
         """The last axis of the canonical value; 0 where that is the sequence."""
         shape = shape_of(self.node)
-        if not shape or not isinstance(shape[-1], int):
+        if not shape or (self.layout in ("flat", "transposed") and not isinstance(shape[-1], int)):
             return 0
         if self.layout == "transposed":
             return int(shape[-2])
-        return int(shape[-1] * (shape[-2] if self.layout == "bshd" else shape[1] if self.layout == "bhsd" else 1))
+        if self.layout == "flat":
+            return int(shape[-1])
+        return math.prod(int(shape[self.layout.index(axis)]) for axis in "hd" if axis in self.layout)
 
     @property
     def canonical_shape(self) -> tuple[object, ...]:
         shape = shape_of(self.node)
         if self.layout == "transposed":
             return (*shape[:-2], shape[-1], shape[-2])
-        if self.layout == "bhsd":
-            return (shape[0], shape[2], shape[1] * shape[3])
-        return (*shape[:-2], shape[-2] * shape[-1]) if self.layout == "bshd" else shape
+        if self.layout == "flat":
+            return shape
+        return (*(shape[self.layout.index(axis)] for axis in "bs"), self.width)
+
+
+def _permuted(builder: Builder, node: fx.Node, order: list[int]) -> fx.Node:
+    """The axes in another order, by a transpose where two change places."""
+    moved = [place for place, axis in enumerate(order) if place != axis]
+    if not moved:
+        return node
+    if len(moved) == 2:
+        return builder.call(aten.transpose.int, node, *moved)
+    return builder.call(aten.permute.default, node, order)
 
 
 @dataclass(frozen=True, slots=True)

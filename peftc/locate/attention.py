@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from peftc.ir.attention import EagerRegion, FusedRegion, Region, Step
+from peftc.fold.evaluate import evaluate
+from peftc.ir.builder import Builder
 from peftc.ir.program import Program, is_call, is_getitem, module_path, operand, shape_of
 from peftc.ir.sites import Layout, Linear, Site, Tap
+from peftc.locate.projections import Projection, Projections, find_projections
+from peftc.locate.regions import Found, find_softmaxes
 from peftc.locate.walk import (
     CONVS,
     DROPOUT,
     NORMS,
+    PIECES,
     POINTWISE,
     VIEWS,
     backward,
@@ -21,146 +26,115 @@ from peftc.locate.walk import (
     inputs_of,
     is_tensor,
     reaches,
-    skip_back,
 )
 
 aten = torch.ops.aten
 
 
 def find_attention(program: Program, linears: dict[fx.Node, Linear]) -> list[Site]:
-    """Every attention whose queries, keys and values come from linear layers, in graph order."""
-    sites = []
-    for node in program.graph.nodes:
-        region = _region(node, program)
-        if region is None:
+    """Every attention whose queries, keys and values come from projections, in graph order.
+
+    Several softmaxes over the queries and keys of the same projections are one attention.
+    """
+    projections = find_projections(program, linears)
+    groups: dict[tuple[object, ...], list[_Attention]] = {}
+    for found in find_softmaxes(program):
+        one = _attention(found, projections)
+        if one is not None:
+            key = (one.q.node, one.k.node, one.v.node, one.output.weight_name)
+            groups.setdefault(key, []).append(one)
+    return [_site(program, several, linears) for several in groups.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """A softmax over keys with the projections around it."""
+
+    found: Found
+    q: Projection
+    k: Projection
+    v: Projection
+    output: Projection
+
+    @property
+    def heads(self) -> int:
+        return self.output.input_tap("concat").width // self.found.width
+
+
+def _attention(found: Found, projections: Projections) -> _Attention | None:
+    q, k, v = (_nearest(stream, projections) for stream in (found.query, found.key, found.value))
+    output = _output(found.products, projections)
+    return None if q is None or k is None or v is None or output is None else _Attention(found, q, k, v, output)
+
+
+def _site(program: Program, several: list[_Attention], linears: dict[fx.Node, Linear]) -> Site:
+    one, found = several[0], several[0].found
+    missing: dict[str, str] = {}
+    taps = {"x": one.q.input_tap("x"), "ctx": _context(one.v)}
+    heads, axis = _heads(program, one), 1
+    why = found.split or (_SEVERAL if len(several) > 1 else "")
+    if heads is None and not why:
+        heads, axis = _split_heads(program, one)
+        why = "" if heads is not None else "the heads' results are not what the output projection reads"
+    if heads is None or why:
+        missing["heads"] = why
+    else:
+        taps["heads"] = Tap("heads", heads)
+    head_dim, key_dim = found.width, int(shape_of(found.query)[-1])
+    taps.update(_projected(one, head_dim, key_dim, missing))
+    outputs = {each.output.node: each.output for each in several}
+    if len(outputs) == 1:
+        taps.update(concat=one.output.input_tap("concat"), out=one.output.output_tap("out"))
+    else:
+        missing.update(dict.fromkeys(("concat", "out"), "this attention ends in two calls of its output projection"))
+    count = one.heads if heads is None else int(shape_of(heads)[1])
+    kv_heads = taps["v"].width // head_dim if "v" in taps else count
+    dims: dict[str, int | bool] = {
+        "d_model": one.q.d_in, "heads": count, "kv_heads": kv_heads, "head_dim": head_dim, "key_dim": key_dim,
+    }  # fmt: skip
+    path = common_path(module_path(part.node) for part in (one.q, one.k, one.v, one.output))
+    variant = "self" if _same_stream(one.q.x, one.v.x) else "cross"
+    return Site(
+        "attention",
+        path,
+        taps,
+        dims,
+        variant=variant,
+        causal=variant == "self" and _is_causal(found.anchor, linears),
+        linears=_roles(one),
+        region=found.region(heads, axis) if "heads" in taps and heads is not None else None,
+        missing=missing,
+        identity=tuple(part.weight_name for part in (one.q, one.k, one.v, one.output)),
+    )
+
+
+_SEVERAL = "this attention has several softmaxes over the same projections, and no value holds the heads of them all"
+
+
+def _projected(one: _Attention, head_dim: int, key_dim: int, missing: dict[str, str]) -> dict[str, Tap]:
+    """The taps q, k and v; of a fused projection the parts, where each is a part by itself."""
+    streams = {"q": (one.found.query, one.q), "k": (one.found.key, one.k), "v": (one.found.value, one.v)}
+    taps: dict[str, Tap] = {}
+    for name, (stream, projection) in streams.items():
+        others = [s for other, (s, source) in streams.items() if other != name and source is projection]
+        if not others:
+            taps[name] = projection.output_tap(name)
             continue
-        site = _site(region, linears)
-        if site is not None:
-            sites.append(site)
-    return sites
+        node = _separation(projection.node, stream, others)
+        layout = None if node is None else _layout(node, head_dim if name == "v" else key_dim)
+        if node is None or layout is None:
+            missing[name] = f"{name} is no single part of the fused projection {module_path(projection.node)}"
+        else:
+            taps[name] = Tap(name, node, layout)
+    return taps
 
 
-def _region(node: fx.Node, program: Program) -> Region | None:
-    if is_call(node, aten.scaled_dot_product_attention.default):
-        return FusedRegion(node)
-    if is_call(node, aten.softmax.int, aten._softmax.default):
-        return _eager_region(node, program)
-    return None
-
-
-_PRODUCTS = (aten.bmm.default, aten.matmul.default)
-
-
-def _eager_region(softmax: fx.Node, program: Program) -> EagerRegion | None:
-    """softmax(.. q kᵀ ..) v, where the product with v follows through views and dropout, and a slice without sinks."""
-    if softmax.meta["val"].dim() not in (3, 4):
+def _heads(program: Program, one: _Attention) -> fx.Node | None:
+    """The product's value as [B, heads, S, head_dim], where the graph holds it."""
+    node = one.found.product
+    if len(shape_of(node)) > 4:
         return None
-    through = (*VIEWS, *DROPOUT, aten.slice.Tensor)
-    product = _forward_to(softmax, _PRODUCTS, through)
-    if product is None or skip_back(operand(product, 0), *through) is not softmax:
-        return None
-    logits = _before_shift(operand(softmax, 0))
-    scores = _score_product(logits, program)
-    heads_out = _heads_value(product)
-    if scores is None or heads_out is None:
-        return None
-    return EagerRegion(softmax, scores[0], product, scores[1], heads_out, logits)
-
-
-def _before_shift(node: fx.Node) -> fx.Node:
-    """The scores themselves, where their row's largest is taken off for the sake of the exponential."""
-    shifted = skip_back(node)
-    if not is_call(shifted, aten.sub.Tensor) or not isinstance(shifted.args[1], fx.Node):
-        return node
-    scores, largest = operand(shifted, 0), operand(shifted, 1)
-    if is_getitem(largest) and is_call(operand(largest, 0), aten.max.dim):
-        largest = operand(largest, 0)
-    elif not is_call(largest, aten.amax.default):
-        return node
-    return scores if operand(largest, 0) is scores else node
-
-
-def _forward_to(node: fx.Node, targets: tuple[object, ...], through: tuple[object, ...]) -> fx.Node | None:
-    queue = list(node.users)
-    while queue:
-        user = queue.pop(0)
-        if is_call(user, *targets):
-            return user
-        if is_call(user, *through):
-            queue.extend(user.users)
-    return None
-
-
-_BESIDE = (
-    aten.add.Tensor, aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self, aten.cat.default,
-)  # fmt: skip
-"""What brings a bias or a mask to the scores, or a column of sinks that no value belongs to."""
-
-
-def _score_product(logits: fx.Node, program: Program) -> tuple[fx.Node, tuple[Step, ...]] | None:
-    """The product q kᵀ that makes the scores, with what else is done to them one by one on the way (see `Step`)."""
-    node, steps = logits, []
-    for _ in range(32):
-        if not isinstance(node, fx.Node):
-            return None
-        if is_call(node, *_PRODUCTS):
-            return node, tuple(reversed(steps))
-        if is_call(node, aten.baddbmm.default):
-            steps.append((aten.mul.Tensor, (node.kwargs.get("alpha", 1.0),)))
-            return node, tuple(reversed(steps))
-        if is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-            steps.append((node.target, node.args[1:]))
-        elif is_call(node, aten.mul.Tensor):
-            factor = _factor(node)
-            if factor is None or not (_one_a_head(factor) or _is_mask(factor, program)):
-                return None
-            if _one_a_head(factor):
-                steps.append((node.target, (factor,)))
-            node = _operand_with_product(node)
-            continue
-        elif is_call(node, aten.tanh.default):
-            steps.append((node.target, ()))
-        elif is_call(node, *_BESIDE):
-            node = _operand_with_product(node)
-            continue
-        elif not is_call(node, *VIEWS):
-            return None
-        node = node.args[0]
-    return None
-
-
-def _factor(node: fx.Node) -> fx.Node | None:
-    """Of a product of the scores with something else, what it is that they are multiplied by."""
-    scores = _operand_with_product(node)
-    others = [other for other in inputs_of(node) if other is not scores]
-    return others[0] if scores is not None and len(others) == 1 else None
-
-
-def _one_a_head(factor: fx.Node) -> bool:
-    """A scale that is the same for every query and key: a prefix's scores are multiplied by it too."""
-    return is_tensor(factor) and all(size == 1 for size in shape_of(factor)[-2:]) and len(shape_of(factor)) != 3
-
-
-def _is_mask(factor: fx.Node, program: Program) -> bool:
-    """Whether no parameter has a part in it: 1 where a key is seen, 0 elsewhere; a prefix is seen by all."""
-    return all(program.parameter_name(node) is None for node in backward([factor], lambda _: False))
-
-
-def _operand_with_product(node: fx.Node) -> fx.Node | None:
-    for source in inputs_of(node):
-        if any(is_call(n, *_PRODUCTS, aten.baddbmm.default) for n in backward([source], _is_product)):
-            return source
-    return None
-
-
-def _is_product(node: fx.Node) -> bool:
-    return is_call(node, *_PRODUCTS, aten.baddbmm.default, aten.linear.default)
-
-
-def _heads_value(product: fx.Node) -> fx.Node | None:
-    """The product's value as [B, heads, S, head_dim]."""
-    node = product
-    while node.meta["val"].dim() != 4:
+    while len(shape_of(node)) != 4:
         users = [user for user in node.users if is_call(user, *VIEWS)]
         if len(users) != 1:
             return None
@@ -168,80 +142,79 @@ def _heads_value(product: fx.Node) -> fx.Node | None:
     return node
 
 
-def _site(region: Region, linears: dict[fx.Node, Linear]) -> Site | None:
-    query, key, value = _streams(region)
-    sources = [_nearest_linear(stream, linears) for stream in (query, key, value)]
-    output = _output_linear(region.heads_out, linears)
-    if any(source is None for source in sources) or output is None:
-        return None
-    q_linear, k_linear, v_linear = (source for source in sources if source is not None)
-    heads, head_dim = region.head_count, int(shape_of(region.heads_out)[-1])
-    key_dim = int(shape_of(query)[-1])
-    taps = {"x": Tap("x", q_linear.x), "ctx": _context(v_linear.x), "heads": Tap("heads", region.heads_out)}
-    missing: dict[str, str] = {}
-    streams = {"q": (query, q_linear), "k": (key, k_linear), "v": (value, v_linear)}
-    for name, (stream, linear) in streams.items():
-        others = [s for other, (s, source) in streams.items() if other != name and source is linear]
-        node = linear.node if not others else _separation(linear.node, stream, others)
-        flat = node is linear.node
-        layout = None if node is None else "flat" if flat else _layout(node, head_dim if name == "v" else key_dim)
-        if node is None or layout is None:
-            missing[name] = f"{name} is no single part of the fused projection {module_path(linear.node)}"
-        else:
-            taps[name] = Tap(name, node, layout)
-    taps["concat"] = Tap("concat", output.x)
-    taps["out"] = Tap("out", output.node)
-    kv_heads = taps["v"].width // head_dim if "v" in taps else heads
-    roles = _roles(q_linear, k_linear, v_linear, output)
-    dims: dict[str, int | bool] = {
-        "d_model": q_linear.d_in, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "key_dim": key_dim,
-    }  # fmt: skip
-    path = common_path(module_path(linear.node) for linear in roles.values())
-    variant = "self" if _same_stream(q_linear.x, v_linear.x) else "cross"
-    causal = variant == "self" and _is_causal(region, linears)
-    return Site(
-        "attention", path, taps, dims, variant=variant, causal=causal, linears=roles, region=region, missing=missing
-    )
+def _split_heads(program: Program, one: _Attention) -> tuple[fx.Node | None, int]:
+    """Where it does not, as with queries cut into blocks: what W_o reads is parted into heads and joined again."""
+    concat = one.output.x
+    within = set(backward([concat], lambda node: node is one.found.product))
+    inner = [node for node in reaches(one.found.product, within) if node is not one.found.product]
+    if one.output.x_layout != "flat" or not all(is_call(node, *VIEWS, *DROPOUT, aten.slice.Tensor) for node in inner):
+        return None, 1
+    axis = _head_axis(program, one)
+    if axis is None:
+        return None, 1
+    builder = Builder(program, concat, label="", like=concat)
+    parted = builder.call(aten.unflatten.int, concat, -1, [one.heads, one.found.width])
+    heads = builder.call(aten.transpose.int, parted, 1, 2)
+    joined = builder.call(aten.flatten.using_ints, builder.call(aten.transpose.int, heads, 1, 2), -2, -1)
+    for written in builder.nodes:
+        written.meta.pop("custom")
+    one.output.node.replace_input_with(concat, joined)
+    return heads, axis
 
 
-def _context(node: fx.Node) -> Tap:
+def _head_axis(program: Program, one: _Attention) -> int | None:
+    """The axis of the product that becomes the outer part of the last axis of what W_o reads."""
+    sizes = [size if isinstance(size, int) else 1 for size in shape_of(one.found.product)]
+    wanted = torch.arange(one.heads, dtype=torch.float64).repeat_interleave(one.found.width)
+    for axis in range(1, len(sizes) - 2):
+        if sizes[axis] == one.heads:
+            numbers = torch.arange(one.heads, dtype=torch.float64).reshape([-1] + [1] * (len(sizes) - 1 - axis))
+            try:
+                value = evaluate(program, one.output.x, {one.found.product: numbers.expand(sizes).contiguous()})
+            except (RuntimeError, ValueError):  # a view that a sequence of one does not fit
+                return None
+            if (value == wanted).all():
+                return axis
+    return None
+
+
+def _context(v: Projection) -> Tap:
     """The input of keys and values; latent attention holds it as one head [B, 1, S, d]."""
-    shape = shape_of(node)
-    return Tap("ctx", node, "bhsd" if len(shape) == 4 and shape[1] == 1 else "flat")
+    shape = shape_of(v.x)
+    return Tap("ctx", v.x, "bhsd") if len(shape) == 4 and shape[1] == 1 else v.input_tap("ctx")
 
 
-def _streams(region: Region) -> tuple[fx.Node, fx.Node, fx.Node]:
-    query, key, value = region.operands()
-    return query, skip_back(key, *VIEWS) if isinstance(region, EagerRegion) else key, value
-
-
-def _nearest_linear(node: fx.Node, linears: dict[fx.Node, Linear]) -> Linear | None:
-    """The linear layer that makes this stream: breadth first through rotary, norms, views, splits."""
+def _nearest(node: fx.Node, projections: Projections) -> Projection | None:
+    """The projection that makes this stream: breadth first through rotary, norms, views, splits."""
     seen, queue = set(), [node]
     while queue:
         current = queue.pop(0)
         if current in seen:
             continue
         seen.add(current)
-        if current in linears:
-            return linears[current]
+        if current in projections:
+            return projections[current]
         if is_call(current, aten.embedding.default, aten.softmax.int, aten.scaled_dot_product_attention.default):
             continue
         queue.extend(inputs_of(current))
     return None
 
 
-def _output_linear(node: fx.Node, linears: dict[fx.Node, Linear]) -> Linear | None:
-    """W_o: the first linear layer that the heads reach through views, norms, gates and casts."""
-    seen, queue = set(), list(node.users)
+_MERGING = (*VIEWS, *DROPOUT, *NORMS, *PIECES, aten.mul.Tensor, aten.cat.default, aten.sub.Tensor)
+
+
+def _output(products: tuple[fx.Node, ...], projections: Projections) -> Projection | None:
+    """W_o: the first projection that the heads reach through views, norms, gates, differences of heads and casts."""
+    seen, queue = set[fx.Node](), [user for product in products for user in product.users]
     while queue:
         current = queue.pop(0)
         if current in seen:
             continue
         seen.add(current)
-        if current in linears:
-            return linears[current]
-        if is_call(current, *VIEWS, *DROPOUT, *NORMS, aten.mul.Tensor, aten.slice.Tensor, aten.cat.default):
+        if current in projections:
+            return projections[current]
+        whole = is_call(current, aten.add.Tensor) and all(source in products for source in inputs_of(current))
+        if whole or is_call(current, *_MERGING) or is_getitem(current):
             queue.extend(current.users)
     return None
 
@@ -269,12 +242,15 @@ def _layout(node: fx.Node, head_dim: int) -> Layout | None:
     return "bshd" if isinstance(shape[2], int) else "bhsd" if isinstance(shape[1], int) else None
 
 
-def _roles(q: Linear, k: Linear, v: Linear, o: Linear) -> dict[str, Linear]:
-    if q.node is k.node is v.node:
-        return {"qkv": q, "o": o}
-    if k.node is v.node:
-        return {"q": q, "kv": k, "o": o}
-    return {"q": q, "k": k, "v": v, "o": o}
+def _roles(one: _Attention) -> dict[str, Linear]:
+    """The linear layers among the projections by their roles."""
+    if one.q.node is one.k.node is one.v.node:
+        named = {"qkv": one.q, "o": one.output}
+    elif one.k.node is one.v.node:
+        named = {"q": one.q, "kv": one.k, "o": one.output}
+    else:
+        named = {"q": one.q, "k": one.k, "v": one.v, "o": one.output}
+    return {role: part.linear for role, part in named.items() if part.linear is not None}
 
 
 def _same_stream(x: fx.Node, ctx: fx.Node) -> bool:
@@ -308,9 +284,8 @@ _COMPARISONS = (
 )  # fmt: skip
 
 
-def _is_causal(region: Region, linears: dict[fx.Node, Linear]) -> bool:
+def _is_causal(anchor: fx.Node, linears: dict[fx.Node, Linear]) -> bool:
     """Whether positions are compared with positions on the way to the mask."""
-    anchor = region.anchor
     if is_call(anchor, aten.scaled_dot_product_attention.default):
         if (len(anchor.args) > 5 and anchor.args[5]) or anchor.kwargs.get("is_causal"):
             return True

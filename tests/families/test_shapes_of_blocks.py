@@ -57,6 +57,13 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 16, 32], num_attention_heads=[1, 1, 2, 4], image_size=64
         ),
     ),
+    "diffllama": (  # the difference of two softmaxes
+        transformers.DiffLlamaForCausalLM,
+        transformers.DiffLlamaConfig(
+            num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+            vocab_size=50, pad_token_id=0,
+        ),
+    ),
     "unispeech": (  # skips layers at random in training
         transformers.UniSpeechForCTC,
         transformers.UniSpeechConfig(
@@ -193,3 +200,14 @@ def test_mam_applies_to_latent_attention_with_keys_wider_than_values() -> None:
     plan = rewrite(program, load_rule("mam", {"l": 3, "r": 4}))
     shapes = {name.rpartition(".")[2]: tuple(p.shape) for name, p in plan.parameters.items()}
     assert (shapes["P_k"], shapes["P_v"]) == ((3, 4, 16), (3, 4, 8))
+
+
+def test_two_softmaxes_over_the_same_projections_are_one_attention_that_takes_no_prefix() -> None:
+    sites = of_kind("diffllama", "attention")
+    assert [site.path for site in sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert all({"x", "q", "k", "v", "concat", "out"} <= set(site.taps) for site in sites)
+    assert all(site.variant == "self" and site.causal for site in sites)
+    with pytest.raises(PeftcError) as caught:
+        rewrite(copied(located("diffllama")[0]), load_rule("mam", {"l": 3, "r": 4}))
+    (told,) = caught.value.diagnostics
+    assert "several softmaxes over the same projections" in told.message
