@@ -35,8 +35,7 @@ class Locate:
             if linear is not None:
                 linears[node] = linear
         attention = find_attention(program, linears)
-        taken = {linear.node for site in attention for linear in site.linears.values()}
-        ffns = find_ffn(program, linears, taken)
+        ffns = find_ffn(program, linears, attention)
         composed = [*attention, *ffns, *find_mixtures(program, ffns)]
         plain = [*find_experts(program), *find_plain(program, linears)]
         _assign_roles(program, composed, plain)

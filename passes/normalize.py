@@ -6,6 +6,7 @@
 - an op that writes into a value of the graph (`add_`) becomes the one that makes a new value, where nothing else
   shares the memory;
 - integers that `histc` counts become floats, which it counts on the CPU too;
+- a weight times turned rows, W xᵀ (Mamba's step sizes), becomes the linear layer that it is;
 - an einsum that is a product of matrices becomes one, and attention with the sequence in front of the batch becomes one
   with the batch in front;
 - a value made empty and then filled piece by piece becomes the `cat` of its pieces;
@@ -23,7 +24,7 @@ import torch
 from torch import fx
 
 from peftc.ir.builder import Builder
-from peftc.ir.program import Program, is_call, is_getitem, shape_of
+from peftc.ir.program import Program, is_call, is_getitem, operand, shape_of
 from peftc.locate.batch_first import batch_first
 from peftc.locate.einsum import einsum_to_matmul
 from peftc.locate.walk import PIECES, VIEWS
@@ -45,6 +46,8 @@ class Normalize:
         for node in list(graph.nodes):
             if is_call(node, aten.addmm.default):
                 _addmm_to_linear(program, node)
+            elif is_call(node, aten.matmul.default):
+                _weight_first_to_linear(program, node)
             elif is_call(node, aten.einsum.default):
                 einsum_to_matmul(program, node)
             elif is_call(node, aten.histc.default):
@@ -84,6 +87,23 @@ def _addmm_to_linear(program: Program, node: fx.Node) -> None:
     unflatten.replace_all_uses_with(linear)
     for dead in (unflatten, node):
         program.graph.erase_node(dead)
+
+
+def _weight_first_to_linear(program: Program, node: fx.Node) -> None:
+    """`matmul(W, transpose(x, 1, 2))` to `transpose(linear(x, W), 1, 2)`."""
+    weight, turned = operand(node, 0), operand(node, 1)
+    is_weight = program.parameter_name(weight) is not None and weight.meta["val"].dim() == 2
+    if not is_weight or not is_call(turned, aten.transpose.int) or turned.meta["val"].dim() != 3:
+        return
+    if {axis % 3 for axis in turned.args[1:]} != {1, 2}:  # pyright: ignore[reportOperatorIssue]
+        return
+    builder = Builder(program, node.prev, label="", like=node)
+    value = builder.call(aten.linear.default, operand(turned, 0), weight)
+    value = builder.call(aten.transpose.int, value, 1, 2)
+    for written in builder.nodes:
+        written.meta.pop("custom")
+    node.replace_all_uses_with(value)
+    program.graph.erase_node(node)
 
 
 def _count_as_float(program: Program, node: fx.Node) -> None:

@@ -64,6 +64,8 @@ def find_widening(reach: Reach, insertion: Insertion) -> tuple[Widening | None, 
         return None, ""
     if "mid" not in site.taps:
         return None, f"{site.path} is a mixture of experts: {site.missing['mid']}"
+    if "down" not in site.linears:
+        return None, f"the projections of {site.path} are more than one linear layer each"
     if x is not program.current(site.taps["x"].node):
         return None, "its input is not that of the FFN"
     cut = _cut(reach, insertion, x)

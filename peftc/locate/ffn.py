@@ -1,4 +1,8 @@
-"""The FFN finder: a linear whose input comes from one or two linears through an activation, joining a residual."""
+"""The FFN finder: a linear whose input comes from one or two linears through an activation, joining a residual.
+
+An FFN that reads an attention's result, with no sum in between, need not join one: the two are one branch (Zamba). A
+linear that the checkpoint gives a low-rank side path, `W x + B A x`, counts as one (Zamba2).
+"""
 
 from __future__ import annotations
 
@@ -27,45 +31,86 @@ from peftc.locate.walk import (
 aten = torch.ops.aten
 
 
-def find_ffn(program: Program, linears: dict[fx.Node, Linear], taken: set[fx.Node]) -> list[Site]:
-    """Every FFN, in graph order; `taken` are linears that belong to an attention."""
+def find_ffn(program: Program, linears: dict[fx.Node, Linear], attentions: list[Site]) -> list[Site]:
+    """Every FFN, in graph order, of linears that belong to none of `attentions`."""
+    taken = {linear.node for site in attentions for linear in site.linears.values()}
+    outputs = {site.taps["out"].node for site in attentions if "out" in site.taps}
     sites = []
     for down in linears.values():
         if down.node not in taken:
-            site = _site(program, down, linears, taken)
+            site = _site(program, down, linears, taken, outputs)
             if site is not None:
                 sites.append(site)
     return sites
 
 
-def _site(program: Program, down: Linear, linears: dict[fx.Node, Linear], taken: set[fx.Node]) -> Site | None:
+def _site(
+    program: Program,
+    down: Linear,
+    linears: dict[fx.Node, Linear],
+    taken: set[fx.Node],
+    outputs: set[fx.Node],
+) -> Site | None:
     region = {node for node in backward([down.x], lambda n: n in linears or is_size(n)) if not is_size(node)}
-    roots = [node for node in region if node in linears]
-    if not roots or len(roots) > 2 or any(root in taken for root in roots):
+    reached = [node for node in region if node in linears]
+    roots = _without_side_paths(reached, linears)
+    if not roots or len(roots) > 2 or any(root in taken for root in reached):
         return None
-    inner = region - set(roots)
+    inner = region - set(reached)
     if not all(_admitted(program, node) for node in inner):
         return None
     if not any(is_call(node, *NONLINEAR) for node in inner):
         return None
     if len({skip_back(linears[root].x) for root in roots}) != 1:
         return None
+    up = linears[roots[0]]
     residual = _residual(down.node)
-    if residual is None:
+    if residual is None and not _comes_from(up.x, outputs):
         return None
-    named = _sources(roots, inner, down.x)
+    named = _sources(roots if len(roots) == len(reached) else _sums(roots, inner), inner, down.x)
     if named is None:
         return None
-    up = linears[roots[0]]
     taps = {"x": Tap("x", up.x), "mid": Tap("mid", down.x), "out": Tap("out", down.node)}
     taps.update({name: Tap(name, node) for name, node in named.items()})
-    taps["residual"] = Tap("residual", residual)
-    own = _named_linears(named, roots, linears)
-    own["down"] = down
-    path = common_path(module_path(linear.node) for linear in own.values())
-    dims: dict[str, int | bool] = {"d_model": up.d_in, "d_ff": down.d_in, "gated": "gate" in named}
+    own = {**_named_linears(named, roots, linears), "down": down} if len(roots) == len(reached) else {}
     missing = {} if "gate" in named else {"gate": "this FFN has no gate"}
-    return Site("ffn", path, taps, dims, linears=own, missing=missing)
+    if residual is None:
+        missing["residual"] = "this FFN is one branch with the attention before it and joins no residual of its own"
+    else:
+        taps["residual"] = Tap("residual", residual)
+    path = common_path(module_path(node) for node in (*reached, down.node))
+    dims: dict[str, int | bool] = {"d_model": up.d_in, "d_ff": down.d_in, "gated": "gate" in named}
+    return Site("ffn", path, taps, dims, linears=own, missing=missing, identity=(down.weight_name,))
+
+
+def _without_side_paths(reached: list[fx.Node], linears: dict[fx.Node, Linear]) -> list[fx.Node]:
+    """The linears that read the FFN's own input; one that reads what another made of it is the end of a side path."""
+    inputs = {skip_back(linears[node].x) for node in reached}
+    return [
+        node
+        for node in reached
+        if (before := linears.get(skip_back(linears[node].x))) is None or skip_back(before.x) not in inputs
+    ]
+
+
+def _sums(roots: list[fx.Node], inner: set[fx.Node]) -> list[fx.Node]:
+    """The sums with side paths in the roots' stead."""
+    return [user for root in roots for user in root.users if user in inner and is_call(user, aten.add.Tensor)]
+
+
+def _comes_from(x: fx.Node, outputs: set[fx.Node]) -> bool:
+    """Whether a hidden state is made from one of `outputs` by norms, spelled out or not, dropout and views alone."""
+    region = backward([x], lambda node: node in outputs or is_size(node))
+    found = [node for node in region if node in outputs]
+    return bool(found) and all(
+        node in outputs or is_size(node) or node.op == "placeholder" or is_call(node, *_TO_NORM) for node in region
+    )
+
+
+_TO_NORM = (
+    *VIEWS, *DROPOUT, *NORMS, aten.mul.Tensor, aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default,
+    aten.add.Tensor, aten.add.Scalar,
+)  # fmt: skip
 
 
 def _admitted(program: Program, node: fx.Node) -> bool:

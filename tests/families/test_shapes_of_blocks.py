@@ -64,6 +64,29 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             vocab_size=50, pad_token_id=0,
         ),
     ),
+    "zamba": (  # an FFN behind an attention with no sum between them; layers of other kinds
+        transformers.ZambaForCausalLM,
+        transformers.ZambaConfig(
+            num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "hybrid"], hidden_size=32,
+            attention_hidden_size=64, intermediate_size=48, num_attention_heads=4, attention_head_dim=16,
+            num_key_value_heads=4, n_mamba_heads=2, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+            vocab_size=50, pad_token_id=0,
+        ),
+    ),
+    "zamba2": (  # the same, with a low-rank side path in the up projection
+        transformers.Zamba2ForCausalLM,
+        transformers.Zamba2Config(
+            num_hidden_layers=2, layers_block_type=["mamba", "hybrid"], hidden_size=32, intermediate_size=48,
+            num_attention_heads=4, mamba_d_state=4, mamba_headdim=16, n_mamba_heads=4, mamba_ngroups=1,
+            num_mem_blocks=1, adapter_rank=4, use_shared_mlp_adapter=True, chunk_size=8, vocab_size=50, pad_token_id=0,
+        ),
+    ),
+    "mamba": (  # no attention, no FFN; a weight that a fused kernel is given where there is one
+        transformers.MambaForCausalLM,
+        transformers.MambaConfig(
+            num_hidden_layers=2, hidden_size=32, state_size=4, time_step_rank=4, vocab_size=50, pad_token_id=0
+        ),
+    ),
     "unispeech": (  # skips layers at random in training
         transformers.UniSpeechForCTC,
         transformers.UniSpeechConfig(
@@ -82,7 +105,10 @@ def located(name: str) -> tuple[Program, dict[str, Tensor], dict[str, Tensor]]:
     skeleton = build_skeleton(cls, config, torch.float32)
     specs = default_inputs(skeleton.model)
     program = analyse(skeleton, specs)
-    return program, random_state(skeleton), dict(random_batches(specs, 19)[1][1])
+    inputs = dict(random_batches(specs, 19)[1][1])
+    if name == "zamba":  # the slow path of its mixer is traced for one length, step by step
+        inputs = {key: value[:, :11] for key, value in inputs.items()}
+    return program, random_state(skeleton), inputs
 
 
 def of_kind(name: str, kind: str) -> list[Site]:
@@ -147,16 +173,29 @@ def test_a_mixture_of_experts_is_an_ffn_without_taps_inside() -> None:
     assert sites[0].dims["d_ff"] == 16 and sites[0].dims["gated"]
 
 
-def test_an_adapter_beside_a_mixture_reads_its_input_and_changes_its_sum() -> None:
-    base, state, inputs = located("gpt_oss")
+SHARED = "model.layers.{}.shared_transf.feed_forward"
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("gpt_oss", ("model.layers.0.mlp", "model.layers.1.mlp")),
+        ("zamba", (SHARED.format(1), SHARED.format(2))),
+        ("zamba2", ("model.layers.1.shared_transformer.feed_forward",)),
+    ],
+    ids=["gpt_oss", "zamba", "zamba2"],
+)
+def test_an_adapter_beside_an_ffn_reads_its_input_and_changes_its_result(name: str, paths: tuple[str, ...]) -> None:
+    base, state, inputs = located(name)
     program = copied(base)
     plan = rewrite(program, load_rule("pa_ffn", {"r": 4}))
+    assert {edit.site.path for edit in plan.edits} == set(paths)
     generator = torch.Generator().manual_seed(3)
     filled = {n: torch.randn(p.shape, generator=generator) for n, p in sorted(plan.parameters.items())}
-    cls, config = CONFIGS["gpt_oss"]
+    cls, config = CONFIGS[name]
     model = cls(config).eval()
     model.load_state_dict({n: v for n, v in state.items() if n in model.state_dict()}, strict=True)
-    for path in ("model.layers.0.mlp", "model.layers.1.mlp"):
+    for path in paths:
         own = {n.rpartition(".")[2]: v for n, v in filled.items() if n.startswith(f"{path}.peftc.")}
         model.get_submodule(path).register_forward_hook(beside(own))
     with torch.no_grad():
@@ -211,3 +250,21 @@ def test_two_softmaxes_over_the_same_projections_are_one_attention_that_takes_no
         rewrite(copied(located("diffllama")[0]), load_rule("mam", {"l": 3, "r": 4}))
     (told,) = caught.value.diagnostics
     assert "several softmaxes over the same projections" in told.message
+
+
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+def test_an_ffn_in_one_branch_with_its_attention_has_no_residual_of_its_own(name: str) -> None:
+    sites = of_kind(name, "ffn")
+    assert len(sites) == len(of_kind(name, "attention")) == (2 if name == "zamba" else 1)
+    for site in sites:
+        assert "residual" not in site.taps and "one branch with the attention" in site.missing["residual"]
+        assert {"x", "gate", "up", "mid", "out"} == set(site.taps)
+
+
+def test_every_matrix_of_a_state_space_model_is_a_linear_site() -> None:
+    """Its fused kernel is given the weights of `x_proj`, `dt_proj` and `out_proj`, and calls none of these modules."""
+    mixers = [f"backbone.layers.{layer}.mixer" for layer in range(2)]
+    weights = {site.linears["out"].weight_name for site in of_kind("mamba", "linear")}
+    parts = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    assert {f"{mixer}.{part}.weight" for mixer in mixers for part in parts} <= weights
+    assert of_kind("mamba", "attention") == of_kind("mamba", "ffn") == []
