@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from peftc.fold.evaluate import evaluate
-from peftc.ir.builder import Builder
 from peftc.ir.program import Program, is_call, is_getitem, module_path, operand, shape_of
 from peftc.ir.sites import Layout, Linear, Site, Tap
+from peftc.locate.parting import columns, split_heads
 from peftc.locate.projections import Projection, Projections, find_projections
 from peftc.locate.regions import Found, find_softmaxes
 from peftc.locate.walk import (
@@ -26,6 +26,7 @@ from peftc.locate.walk import (
     inputs_of,
     is_tensor,
     reaches,
+    skip_back,
 )
 
 aten = torch.ops.aten
@@ -62,9 +63,13 @@ class _Attention:
 
 
 def _attention(found: Found, projections: Projections) -> _Attention | None:
-    q, k, v = (_nearest(stream, projections) for stream in (found.query, found.key, found.value))
+    q, k, v = (next(_sources(stream, projections), None) for stream in (found.query, found.key, found.value))
     output = _output(found.products, projections)
-    return None if q is None or k is None or v is None or output is None else _Attention(found, q, k, v, output)
+    if q is None or k is None or v is None or output is None:
+        return None
+    if q is k and _separation(q.node, found.query, [found.key]) is None:
+        q, k = _by_width(found.query, projections) or q, _by_width(found.key, projections) or k
+    return _Attention(found, q, k, _whole(v, found.value), output)
 
 
 def _site(program: Program, several: list[_Attention], linears: dict[fx.Node, Linear]) -> Site:
@@ -74,14 +79,14 @@ def _site(program: Program, several: list[_Attention], linears: dict[fx.Node, Li
     heads, axis = _heads(program, one), 1
     why = found.split or (_SEVERAL if len(several) > 1 else "")
     if heads is None and not why:
-        heads, axis = _split_heads(program, one)
+        heads, axis = split_heads(program, one.output, found.product, one.heads)
         why = "" if heads is not None else "the heads' results are not what the output projection reads"
     if heads is None or why:
         missing["heads"] = why
     else:
         taps["heads"] = Tap("heads", heads)
     head_dim, key_dim = found.width, int(shape_of(found.query)[-1])
-    taps.update(_projected(one, head_dim, key_dim, missing))
+    taps.update(_projected(program, one, head_dim, key_dim, missing))
     outputs = {each.output.node: each.output for each in several}
     if len(outputs) == 1:
         taps.update(concat=one.output.input_tap("concat"), out=one.output.output_tap("out"))
@@ -111,22 +116,38 @@ def _site(program: Program, several: list[_Attention], linears: dict[fx.Node, Li
 _SEVERAL = "this attention has several softmaxes over the same projections, and no value holds the heads of them all"
 
 
-def _projected(one: _Attention, head_dim: int, key_dim: int, missing: dict[str, str]) -> dict[str, Tap]:
+def _projected(
+    program: Program, one: _Attention, head_dim: int, key_dim: int, missing: dict[str, str]
+) -> dict[str, Tap]:
     """The taps q, k and v; of a fused projection the parts, where each is a part by itself."""
     streams = {"q": (one.found.query, one.q), "k": (one.found.key, one.k), "v": (one.found.value, one.v)}
     taps: dict[str, Tap] = {}
+    parts: dict[str, fx.Node | None] = {}
     for name, (stream, projection) in streams.items():
         others = [s for other, (s, source) in streams.items() if other != name and source is projection]
-        if not others:
+        if others:
+            parts[name] = _separation(projection.node, stream, others)
+        else:
             taps[name] = projection.output_tap(name)
-            continue
-        node = _separation(projection.node, stream, others)
+    parts = _in_known_axes(program, {name: streams[name][1].node for name in parts}, parts)
+    for name, node in parts.items():
         layout = None if node is None else _layout(node, head_dim if name == "v" else key_dim)
         if node is None or layout is None:
-            missing[name] = f"{name} is no single part of the fused projection {module_path(projection.node)}"
+            missing[name] = f"{name} is no single part of the fused projection {module_path(streams[name][1].node)}"
         else:
             taps[name] = Tap(name, node, layout)
     return taps
+
+
+def _in_known_axes(
+    program: Program, fused: dict[str, fx.Node], parts: dict[str, fx.Node | None]
+) -> dict[str, fx.Node | None]:
+    """Parts that have an axis of blocks besides as columns of the projection they are all cut from."""
+    nodes = [node for node in parts.values() if node is not None and len(shape_of(node)) > 4]
+    if len(set(fused.values())) != 1 or len(nodes) < len(parts):
+        return parts
+    found = columns(program, next(iter(fused.values())), nodes)
+    return parts if found is None else dict(zip(parts, found, strict=True))
 
 
 def _heads(program: Program, one: _Attention) -> fx.Node | None:
@@ -142,62 +163,41 @@ def _heads(program: Program, one: _Attention) -> fx.Node | None:
     return node
 
 
-def _split_heads(program: Program, one: _Attention) -> tuple[fx.Node | None, int]:
-    """Where it does not, as with queries cut into blocks: what W_o reads is parted into heads and joined again."""
-    concat = one.output.x
-    within = set(backward([concat], lambda node: node is one.found.product))
-    inner = [node for node in reaches(one.found.product, within) if node is not one.found.product]
-    if one.output.x_layout != "flat" or not all(is_call(node, *VIEWS, *DROPOUT, aten.slice.Tensor) for node in inner):
-        return None, 1
-    axis = _head_axis(program, one)
-    if axis is None:
-        return None, 1
-    builder = Builder(program, concat, label="", like=concat)
-    parted = builder.call(aten.unflatten.int, concat, -1, [one.heads, one.found.width])
-    heads = builder.call(aten.transpose.int, parted, 1, 2)
-    joined = builder.call(aten.flatten.using_ints, builder.call(aten.transpose.int, heads, 1, 2), -2, -1)
-    for written in builder.nodes:
-        written.meta.pop("custom")
-    one.output.node.replace_input_with(concat, joined)
-    return heads, axis
-
-
-def _head_axis(program: Program, one: _Attention) -> int | None:
-    """The axis of the product that becomes the outer part of the last axis of what W_o reads."""
-    sizes = [size if isinstance(size, int) else 1 for size in shape_of(one.found.product)]
-    wanted = torch.arange(one.heads, dtype=torch.float64).repeat_interleave(one.found.width)
-    for axis in range(1, len(sizes) - 2):
-        if sizes[axis] == one.heads:
-            numbers = torch.arange(one.heads, dtype=torch.float64).reshape([-1] + [1] * (len(sizes) - 1 - axis))
-            try:
-                value = evaluate(program, one.output.x, {one.found.product: numbers.expand(sizes).contiguous()})
-            except (RuntimeError, ValueError):  # a view that a sequence of one does not fit
-                return None
-            if (value == wanted).all():
-                return axis
-    return None
-
-
 def _context(v: Projection) -> Tap:
     """The input of keys and values; latent attention holds it as one head [B, 1, S, d]."""
     shape = shape_of(v.x)
     return Tap("ctx", v.x, "bhsd") if len(shape) == 4 and shape[1] == 1 else v.input_tap("ctx")
 
 
-def _nearest(node: fx.Node, projections: Projections) -> Projection | None:
-    """The projection that makes this stream: breadth first through rotary, norms, views, splits."""
-    seen, queue = set(), [node]
+def _sources(node: fx.Node, projections: Projections) -> Iterator[Projection]:
+    """The projections that make this stream, nearest first: breadth first through rotary, norms, views, splits."""
+    seen, queue = set[fx.Node](), [node]
     while queue:
         current = queue.pop(0)
         if current in seen:
             continue
         seen.add(current)
         if current in projections:
-            return projections[current]
-        if is_call(current, aten.embedding.default, aten.softmax.int, aten.scaled_dot_product_attention.default):
-            continue
-        queue.extend(inputs_of(current))
-    return None
+            yield projections[current]
+        elif not is_call(current, aten.embedding.default, aten.softmax.int, aten.scaled_dot_product_attention.default):
+            queue.extend(inputs_of(current))
+
+
+def _by_width(stream: fx.Node, projections: Projections) -> Projection | None:
+    """Of the projections that are mixed into a stream, as by a convolution over q and k, the one that is as wide."""
+    sizes = shape_of(skip_back(stream, *VIEWS, aten.slice.Tensor))
+    if len(sizes) != 4 or not isinstance(sizes[1], int):
+        return None
+    found = [one for one in _sources(stream, projections) if one.output_tap("").width == sizes[1] * sizes[3]]
+    return found[0] if len(found) == 1 else None
+
+
+def _whole(v: Projection, stream: fx.Node) -> Projection:
+    """The values as one, where several projections side by side make them."""
+    joined = skip_back(stream, *VIEWS, aten.slice.Tensor)
+    if not is_call(joined, aten.cat.default) or len(shape_of(joined)) != 3 or v.node not in joined.all_input_nodes:
+        return v
+    return replace(v, node=joined, linear=None)
 
 
 _MERGING = (*VIEWS, *DROPOUT, *NORMS, *PIECES, aten.mul.Tensor, aten.cat.default, aten.sub.Tensor)

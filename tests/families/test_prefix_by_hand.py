@@ -202,3 +202,36 @@ def seen(inputs: dict[str, Tensor], output: Tensor) -> Tensor:
     """The rows of an output that stand for tokens, not for padding."""
     mask = inputs.get("attention_mask")
     return output[mask.bool()] if mask is not None and output.shape[:2] == mask.shape else output
+
+
+def test_lora_on_parts_of_a_projection_that_is_cut_otherwise_than_in_thirds() -> None:
+    """Hiera takes units of tokens out of queries, keys and values before it parts them."""
+    base, state, inputs, plain = _subject("hiera")
+    program = copied(base)
+    plan = rewrite(program, load_rule("lora", {"r": 2}))
+    noise = torch.Generator().manual_seed(3)
+    filled = {n: torch.randn(p.shape, generator=noise, dtype=torch.float64) for n, p in sorted(plan.parameters.items())}
+    found = Executor(program, training=False, device=torch.device("cpu")).flat({**state, **filled}, inputs)[0]
+    scale = {edit.statics["alpha"] / edit.statics["r"] for edit in plan.edits}
+    assert len(scale) == 1 and len(plan.edits) == 4
+    (factor,) = scale
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for path in {edit.site.path for edit in plan.edits}:
+            module = plain.get_submodule(f"{path}.qkv")
+            own = [{n: v for n, v in filled.items() if n.startswith(f"{path}.") and f".{tap}." in n} for tap in "qv"]
+            patch.setattr(module, "forward", with_lora(module.forward, own, factor))
+        expected = plain(**inputs)[0]
+    assert (found - expected).abs().max() <= EXACT * expected.abs().max()
+
+
+def with_lora(forward: Any, parts: list[dict[str, Tensor]], factor: float) -> Any:
+    """A fused projection with LoRA on its first and its last third."""
+
+    def added(x: Tensor) -> Tensor:
+        thirds = list(forward(x).chunk(3, -1))
+        for place, own in zip((0, 2), parts, strict=True):
+            (a,), (b,) = ([v for n, v in own.items() if n.endswith(f".{name}")] for name in "AB")
+            thirds[place] = thirds[place] + factor * (x @ a.T) @ b.T
+        return torch.cat(thirds, -1)
+
+    return added
