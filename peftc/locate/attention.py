@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,12 +13,11 @@ from peftc.ir.sites import Layout, Linear, Site, Tap
 from peftc.locate.parting import columns, split_heads
 from peftc.locate.projections import Projection, Projections, find_projections
 from peftc.locate.regions import Found, find_softmaxes
+from peftc.locate.streams import is_causal, same_stream
 from peftc.locate.walk import (
-    CONVS,
     DROPOUT,
     NORMS,
     PIECES,
-    POINTWISE,
     VIEWS,
     backward,
     common_path,
@@ -40,11 +38,11 @@ def find_attention(program: Program, linears: dict[fx.Node, Linear]) -> list[Sit
     projections = find_projections(program, linears)
     groups: dict[tuple[object, ...], list[_Attention]] = {}
     for found in find_softmaxes(program):
-        one = _attention(found, projections)
+        one = _attention(program, found, projections)
         if one is not None:
             key = (one.q.node, one.k.node, one.v.node, one.output.weight_name)
             groups.setdefault(key, []).append(one)
-    return [_site(program, several, linears) for several in groups.values()]
+    return [_site(program, several, projections) for several in groups.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +60,9 @@ class _Attention:
         return self.output.input_tap("concat").width // self.found.width
 
 
-def _attention(found: Found, projections: Projections) -> _Attention | None:
+def _attention(program: Program, found: Found, projections: Projections) -> _Attention | None:
     q, k, v = (next(_sources(stream, projections), None) for stream in (found.query, found.key, found.value))
-    output = _output(found.products, projections)
+    output = _output(program, found.products, projections)
     if q is None or k is None or v is None or output is None:
         return None
     if q is k and _separation(q.node, found.query, [found.key]) is None:
@@ -72,7 +70,7 @@ def _attention(found: Found, projections: Projections) -> _Attention | None:
     return _Attention(found, q, k, _whole(v, found.value), output)
 
 
-def _site(program: Program, several: list[_Attention], linears: dict[fx.Node, Linear]) -> Site:
+def _site(program: Program, several: list[_Attention], projections: Projections) -> Site:
     one, found = several[0], several[0].found
     missing: dict[str, str] = {}
     taps = {"x": one.q.input_tap("x"), "ctx": _context(one.v)}
@@ -93,19 +91,22 @@ def _site(program: Program, several: list[_Attention], linears: dict[fx.Node, Li
     else:
         missing.update(dict.fromkeys(("concat", "out"), "this attention ends in two calls of its output projection"))
     count = one.heads if heads is None else int(shape_of(heads)[1])
+    if "concat" in taps and taps["concat"].width != count * head_dim:
+        missing["concat"] = "its output projection reads products of groups of heads, not the heads merged"
+        del taps["concat"]
     kv_heads = taps["v"].width // head_dim if "v" in taps else count
     dims: dict[str, int | bool] = {
         "d_model": one.q.d_in, "heads": count, "kv_heads": kv_heads, "head_dim": head_dim, "key_dim": key_dim,
     }  # fmt: skip
     path = common_path(module_path(part.node) for part in (one.q, one.k, one.v, one.output))
-    variant = "self" if _same_stream(one.q.x, one.v.x) else "cross"
+    variant = "self" if same_stream(one.q.x, one.v.x) else "cross"
     return Site(
         "attention",
         path,
         taps,
         dims,
         variant=variant,
-        causal=variant == "self" and _is_causal(found.anchor, linears),
+        causal=variant == "self" and is_causal(found.anchor, projections),
         linears=_roles(one),
         region=found.region(heads, axis) if "heads" in taps and heads is not None else None,
         missing=missing,
@@ -131,7 +132,7 @@ def _projected(
             taps[name] = projection.output_tap(name)
     parts = _in_known_axes(program, {name: streams[name][1].node for name in parts}, parts)
     for name, node in parts.items():
-        layout = None if node is None else _layout(node, head_dim if name == "v" else key_dim)
+        layout = None if node is None else _layout(node, head_dim if name == "v" else key_dim, one.heads)
         if node is None or layout is None:
             missing[name] = f"{name} is no single part of the fused projection {module_path(streams[name][1].node)}"
         else:
@@ -195,16 +196,18 @@ def _by_width(stream: fx.Node, projections: Projections) -> Projection | None:
 def _whole(v: Projection, stream: fx.Node) -> Projection:
     """The values as one, where several projections side by side make them."""
     joined = skip_back(stream, *VIEWS, aten.slice.Tensor)
-    if not is_call(joined, aten.cat.default) or len(shape_of(joined)) != 3 or v.node not in joined.all_input_nodes:
+    if not is_call(joined, aten.cat.default) or len(shape_of(joined)) != 3 or joined.args[1:] not in ((-1,), (2,)):
         return v
-    return replace(v, node=joined, linear=None)
+    return replace(v, node=joined, linear=None) if v.node in joined.all_input_nodes else v
 
 
 _MERGING = (*VIEWS, *DROPOUT, *NORMS, *PIECES, aten.mul.Tensor, aten.cat.default, aten.sub.Tensor)
 
 
-def _output(products: tuple[fx.Node, ...], projections: Projections) -> Projection | None:
-    """W_o: the first projection that the heads reach through views, norms, gates, differences of heads and casts."""
+def _output(program: Program, products: tuple[fx.Node, ...], projections: Projections) -> Projection | None:
+    """W_o: the first projection that the heads reach through views, norms, gates, differences of heads, casts, and
+    products of groups of heads with a weight.
+    """
     seen, queue = set[fx.Node](), [user for product in products for user in product.users]
     while queue:
         current = queue.pop(0)
@@ -214,7 +217,8 @@ def _output(products: tuple[fx.Node, ...], projections: Projections) -> Projecti
         if current in projections:
             return projections[current]
         whole = is_call(current, aten.add.Tensor) and all(source in products for source in inputs_of(current))
-        if whole or is_call(current, *_MERGING) or is_getitem(current):
+        grouped = is_call(current, aten.bmm.default) and program.parameter_name(skip_back(operand(current, 1)))
+        if whole or grouped or is_call(current, *_MERGING) or is_getitem(current):
             queue.extend(current.users)
     return None
 
@@ -232,14 +236,18 @@ def _between(source: fx.Node, sink: fx.Node) -> set[fx.Node]:
     return reaches(source, within)
 
 
-def _layout(node: fx.Node, head_dim: int) -> Layout | None:
+def _layout(node: fx.Node, head_dim: int, heads: int) -> Layout | None:
     """How a q, k or v value lies in the graph: flat, or already split into heads."""
     shape = shape_of(node)
     if len(shape) <= 3:
         return "flat"
     if len(shape) != 4 or shape[-1] > head_dim:  # latent attention: a part of each key comes from elsewhere
         return None
-    return "bshd" if isinstance(shape[2], int) else "bhsd" if isinstance(shape[1], int) else None
+    fixed = [isinstance(size, int) for size in shape[1:3]]
+    if all(fixed):  # as of an image, the length is a number too
+        fixed = [size == heads for size in shape[1:3]]
+    layouts: dict[tuple[bool, ...], Layout] = {(False, True): "bshd", (True, False): "bhsd"}
+    return layouts.get(tuple(fixed))
 
 
 def _roles(one: _Attention) -> dict[str, Linear]:
@@ -251,46 +259,3 @@ def _roles(one: _Attention) -> dict[str, Linear]:
     else:
         named = {"q": one.q, "k": one.k, "v": one.v, "o": one.output}
     return {role: part.linear for role, part in named.items() if part.linear is not None}
-
-
-def _same_stream(x: fx.Node, ctx: fx.Node) -> bool:
-    """Whether two projection inputs come from one hidden state: their chains back to a residual sum meet."""
-    return bool(_chain(x) & _chain(ctx))
-
-
-def _chain(node: fx.Node) -> set[fx.Node]:
-    """The node and what it comes from through linears, norms, views, down to the first sum of two streams."""
-    chain = {node}
-    for _ in range(64):
-        if is_getitem(node):
-            node = operand(operand(node, 0), 0)
-        tensors = [n for n in inputs_of(node) if n.op != "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
-        known = is_call(node, *VIEWS, *DROPOUT, *NORMS, *CONVS, aten.linear.default, aten.slice.Tensor, aten.mul.Tensor)
-        rms = is_call(node, *POINTWISE, aten.mean.dim, aten.rsqrt.default) and len(tensors) == 1
-        if not tensors or not (known or rms):
-            return chain
-        node = tensors[0] if not is_call(node, aten.mul.Tensor) else _wider(tensors)
-        chain.add(node)
-    return chain
-
-
-def _wider(nodes: list[fx.Node]) -> fx.Node:
-    """Of the operands of x * rsqrt(..), the one that is x."""
-    return max(nodes, key=lambda n: math.prod(d for d in shape_of(n) if isinstance(d, int)))
-
-
-_COMPARISONS = (
-    aten.le.Tensor, aten.lt.Tensor, aten.ge.Tensor, aten.gt.Tensor, aten.tril.default, aten.triu.default,
-)  # fmt: skip
-
-
-def _is_causal(anchor: fx.Node, linears: dict[fx.Node, Linear]) -> bool:
-    """Whether positions are compared with positions on the way to the mask."""
-    if is_call(anchor, aten.scaled_dot_product_attention.default):
-        if (len(anchor.args) > 5 and anchor.args[5]) or anchor.kwargs.get("is_causal"):
-            return True
-        mask = anchor.args[3] if len(anchor.args) > 3 else anchor.kwargs.get("attn_mask")
-        start = [mask] if isinstance(mask, fx.Node) else []
-    else:
-        start = [anchor]
-    return any(is_call(node, *_COMPARISONS) for node in backward(start, lambda n: n in linears))

@@ -64,6 +64,13 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             vocab_size=50, pad_token_id=0,
         ),
     ),
+    "zaya": (  # queries and keys mixed by a convolution; values from two projections
+        transformers.ZayaForCausalLM,
+        transformers.ZayaConfig(
+            num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            moe_intermediate_size=16, num_experts=4, router_hidden_size=16, vocab_size=50, pad_token_id=0,
+        ),
+    ),
     "zamba": (  # an FFN behind an attention with no sum between them; layers of other kinds
         transformers.ZambaForCausalLM,
         transformers.ZambaConfig(
@@ -268,3 +275,11 @@ def test_every_matrix_of_a_state_space_model_is_a_linear_site() -> None:
     parts = ("in_proj", "x_proj", "dt_proj", "out_proj")
     assert {f"{mixer}.{part}.weight" for mixer in mixers for part in parts} <= weights
     assert of_kind("mamba", "attention") == of_kind("mamba", "ffn") == []
+
+
+def test_queries_and_keys_that_a_convolution_mixes_are_told_apart_by_their_width() -> None:
+    for site in of_kind("zaya", "attention"):
+        names = {role: linear.weight_name.split(".")[-2] for role, linear in site.linears.items()}
+        assert names == {"q": "q_proj", "k": "k_proj", "o": "o_proj"}
+        assert (site.dims["heads"], site.dims["kv_heads"], site.dims["head_dim"]) == (4, 2, 8)
+        assert [site.taps[name].width for name in "qkv"] == [32, 16, 16]
