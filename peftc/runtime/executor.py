@@ -20,6 +20,7 @@ from peftc.ir.program import Binding, Program
 from peftc.passes.quantize import Quantize
 from peftc.passes.set_mode import SetMode
 from peftc.quantization import dequantize
+from peftc.runtime.dropouts import set_rates
 from peftc.runtime.hierarchy import slices
 from peftc.runtime.parts import Modules, Parts, State, compiled
 
@@ -28,8 +29,8 @@ class Executor:
     """A graph compiled for one mode and one device.
 
     `units` maps every path of each module that is to be called to the one it is asked for by, `quantized` each
-    parameter that is held in few bits to its form. Raises `PeftcError`
-    E041 when the graph cannot be cut at their calls.
+    parameter that is held in few bits to its form, `rates` a node that drops to its rate, where that is not the
+    trace's. Raises `PeftcError` E041 when the graph cannot be cut at the calls of units.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Executor:
         device: torch.device,
         units: Mapping[str, str] | None = None,
         quantized: Mapping[str, str] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         build: Any = self._build  # the decorator hides the signature
-        build(program, training, device, units or {}, quantized or {})
+        build(program, training, device, units or {}, quantized or {}, rates or {})
 
     @torch.compiler.disable
     def _build(
@@ -52,10 +54,12 @@ class Executor:
         device: torch.device,
         units: Mapping[str, str],
         quantized: Mapping[str, str],
+        rates: Mapping[str, float],
     ) -> None:
         graph = fx.Graph()
         result = graph.graph_copy(program.graph, mapping := {})
         graph.output(result)
+        set_rates({old.name: new for old, new in mapping.items()}, rates)
         self._constants = {name: value.to(device) for name, value in program.constants.items() if not value.is_meta}
         self._out_spec: Any = program.exported.call_spec.out_spec
         self.nodes = mapping

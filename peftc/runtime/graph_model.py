@@ -26,6 +26,7 @@ from peftc.ir.program import Program
 from peftc.ir.stepwise import across
 from peftc.pipeline import analyse, rewrite
 from peftc.plan import Plan
+from peftc.runtime.dropouts import places, rates_of
 from peftc.runtime.executor import Executor
 from peftc.runtime.generation import Generates, refuse_cache
 from peftc.runtime.hierarchy import called
@@ -63,6 +64,8 @@ class Surgery:
     """What the model's cache holds, where it has been asked for."""
     cuts: dict[Any, Program] = field(default_factory=dict)
     """Parts of the programs, by what they were cut from."""
+    dropouts: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Nodes of a program that drop at the rate of a module, with the module's path."""
     uncached: dict[Any, str | None] = field(default_factory=dict)
     """Why the model generates without a cache; None where it does with one."""
 
@@ -149,13 +152,23 @@ class GraphModel(HoldsStates, Generates):
         """
         model: Any = self
         units = tuple(unit for unit in units_of(model) if not (inside + ".").startswith(unit + "."))
-        key = (id(program), model.training, model.device, units)
+        rates = self._dropout_rates(program) if model.training else {}
+        key = (id(program), model.training, model.device, units, tuple(rates.values()))
         if key not in self._surgery.executors:
             called = paths_of(model, units)
             self._surgery.executors[key] = Executor(
-                program, training=model.training, device=model.device, units=called, quantized=forms_of(model)
-            )
+                program, training=model.training, device=model.device, units=called, quantized=forms_of(model),
+                rates=rates,
+            )  # fmt: skip
         return self._surgery.executors[key]
+
+    def _dropout_rates(self, program: Program) -> dict[str, float]:
+        """What each node of the program that drops for a module drops now."""
+        model: Any = self
+        found = self._surgery.dropouts
+        if id(program) not in found:
+            found[id(program)] = places(program.graph, model.get_submodule)
+        return rates_of(found[id(program)], model.get_submodule)
 
     def execute(self, program: Program, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Run a program of this model on tensors by the names of its inputs; the model's own output class."""
