@@ -138,8 +138,13 @@ def tiny_llama(place: Path, texts: list[str]) -> tuple[Path, Any]:
     marks = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if not (place / "config.json").exists():
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        }
+        ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         LlamaForCausalLM(LlamaConfig(vocab_size=len(tokens), **sizes, **ids)).save_pretrained(place)
     return place, PreTrainedTokenizerFast(tokenizer_object=plain, **marks)
 

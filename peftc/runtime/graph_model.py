@@ -113,8 +113,7 @@ class GraphModel(HoldsStates, Generates):
         model: Any = self
         key = (self.variant(), _kinds(model, surgery.plan), call_key(specs, flags))
         if key not in surgery.programs:
-            trace: Any = self._trace  # the decorator hides the signature
-            surgery.programs[key] = trace(specs, flags, layout)
+            surgery.programs[key] = model._trace(specs, flags, layout)
         return surgery.programs[key]
 
     @torch.compiler.disable
@@ -167,7 +166,8 @@ class GraphModel(HoldsStates, Generates):
         model: Any = self
         found = self._surgery.dropouts
         if id(program) not in found:
-            found[id(program)] = places(program.graph, model.get_submodule)
+            look: Any = places  # the decorator hides the signature
+            found[id(program)] = look(program.graph, model.get_submodule)
         return rates_of(found[id(program)], model.get_submodule)
 
     def execute(self, program: Program, tensors: Mapping[str, torch.Tensor]) -> Any:
