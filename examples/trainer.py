@@ -57,7 +57,7 @@ def settings(out: Path, steps: int) -> dict[str, Any]:
 def run(name: str, out: Path, make: Callable[[], Any], trainer: Callable[[Any], Trainer]) -> None:
     """Make a model, or load it as the newest whole checkpoint has it, train it and write its deltas."""
     newest = peftc.last_checkpoint(out)
-    model = peftc.load(newest) if newest else make()
+    model: Any = peftc.load(newest) if newest else make()
     for module in model.modules():
         if EXACT and isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -93,7 +93,7 @@ def classify(out: Path, steps: int) -> None:
 
 def prefer(out: Path, steps: int) -> None:
     """TRL's RewardTrainer: a sentence in order is better than one that is not."""
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig, RewardTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     rows, _ = examples(400, 2)
     intact, shuffled = ([row.text for row in rows if (row.label == INTACT) == want] for want in (True, False))
@@ -115,7 +115,7 @@ def prefer(out: Path, steps: int) -> None:
 
 def speak(out: Path, steps: int) -> None:
     """TRL's SFTTrainer: continue sentences, with LoRA on every linear layer and packed rows."""
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     texts = [row.text for row in examples(400, 2)[0]]
     data = Dataset.from_list([{"text": text} for text in texts])
