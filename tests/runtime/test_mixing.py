@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,3 +223,21 @@ def test_what_cannot_be_mixed_is_refused(held: Any, tmp_path: Path) -> None:
             held.model(**batch())
     with held.disable(), pytest.raises(PeftcError, match=r"E047 .*inside disable\(\)"), held.mix(WEIGHTS):
         pass
+
+
+def test_a_mixture_runs_module_by_module_with_the_same_numbers(held: Any) -> None:
+    """Where layers are computed again, or have hooks, the graph runs in parts, and the mixing with them."""
+    model, weights = copy.deepcopy(held), {"mam": 0.3, "dora": 0.5, "fr": -0.4}
+    found = []
+    for again in (False, True):
+        if again:
+            model.train()  # no dropout in a Llama
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        with model.mix(weights):
+            model(**batch()).logits.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert len(found[0]) == sum(len(own(held, name)) for name in weights)
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-6)

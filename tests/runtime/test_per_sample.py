@@ -195,3 +195,21 @@ def test_what_no_row_has_by_itself_is_refused(texts: Any) -> None:
         with pytest.raises(PeftcError, match=r"E047 .*removed inside per_sample\(\)"):
             model.remove("fr")
     model.remove("fr")
+
+
+def test_layers_that_are_computed_again_know_their_state(texts: Any) -> None:
+    """Activations are computed again in the backward pass, when no row's state is active any more."""
+    model = copy.deepcopy(texts)
+    found = []
+    for again in (False, True):
+        if again:
+            model.train()  # no dropout in a Llama
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        with model.per_sample(["fr", "default", "fr"]):
+            model(**batch(3)).logits.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert {name.split(".peftc")[1].split(".")[0] for name in found[0]} == {"", "_fr"}
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-5)

@@ -249,3 +249,35 @@ def test_nf4_is_that_of_bitsandbytes() -> None:
     torch.testing.assert_close(scale.flatten(), state.absmax.flatten())
     expected = functional.dequantize_4bit(theirs, state)
     torch.testing.assert_close(quantization.dequantize(data, scale, "nf4", torch.float32), expected)
+
+
+def test_autocast_treats_a_quantized_layer_as_a_whole_one(quantized: Load, rounded: Load) -> None:
+    found = []
+    for model in (quantized("llama", "lora", "nf4"), rounded("llama", "lora", "nf4")):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(**batch()).logits
+        logits.float().square().sum().backward()
+        found.append((logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (ours, mine), (theirs, wanted) = found
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert torch.equal(ours, theirs)
+    for name, grad in wanted.items():
+        assert (mine[name] - grad).norm() <= 2e-2 * grad.norm()
+
+
+def test_a_bfloat16_base_is_rounded_from_its_own_values(model_dir: Load) -> None:
+    model: Any = peftc.apply("lora", model_dir("llama"), SET["lora"], dtype=torch.bfloat16, quantize="int8")
+    plain: Any = peftc.apply("lora", model_dir("llama"), SET["lora"], dtype=torch.bfloat16)
+    for name in forms_of(model):
+        weight = plain.get_parameter(name).detach()
+        expected = by_hand(weight.float(), "int8").to(torch.bfloat16)
+        step = weight.float().abs().amax(1, keepdim=True) / 127
+        off = (whole(model, name) - expected).abs().float()
+        assert (off > 0.1 * step).float().mean() < 0.01, "but where a value is half way between two levels"
+        assert (off < 1.5 * step).all()
+    with torch.no_grad():
+        expected = plain(**batch()).logits
+        found = model(**batch()).logits
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 5e-2 * expected.norm()
