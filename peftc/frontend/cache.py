@@ -96,13 +96,26 @@ def _filled_cache(skeleton: Skeleton, tensors: dict[str, torch.Tensor]) -> Any:
 
 @contextlib.contextmanager
 def _spelled_out(model: Any) -> Iterator[None]:
-    """Eager attention: for fused ones transformers reads values of masks, and on the meta device there are none."""
-    before = model.config._attn_implementation
+    """Eager attention: for fused ones transformers reads values of masks, and on the meta device there are none.
+
+    Experts as one batched product: for grouped ones the meta device takes bfloat16 alone.
+    """
+    before, experts = model.config._attn_implementation, _experts(model)
     model.set_attn_implementation("eager")
+    for config, _ in experts:
+        config._experts_implementation_internal = "batched_mm"
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+        for config, implementation in reversed(experts):
+            config._experts_implementation_internal = implementation
+
+
+def _experts(model: Any) -> list[tuple[Any, str]]:
+    """The configs of `model` and the models inside it, and how each of them runs its experts."""
+    parts = [part for part in model.modules() if getattr(part, "_can_set_experts_implementation", lambda: False)()]
+    return [(part.config, part.config._experts_implementation_internal) for part in parts]
 
 
 def _layers(skeleton: Skeleton, cache: Cache) -> tuple[LayerLayout | None, ...]:
