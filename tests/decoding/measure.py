@@ -33,7 +33,7 @@ _ANY = (Exception,)
 def measure(family: str, head: str, watch: Callable[[Record], None] = lambda _: None) -> Record:
     """`watch` is shown the record after each step, so that a killed run leaves what it knew."""
     record = Record(family, head)
-    with softmax_keeps_float64(), _one_analysis_for_all_rules():
+    with softmax_keeps_float64(), _one_analysis_for_all_rules(), _no_cache_of_fake_results():
         base = _base(record)
         watch(record)
         if base is not None:
@@ -207,12 +207,25 @@ def _one_analysis_for_all_rules() -> Iterator[None]:
 
 
 @contextmanager
-def _timed(record: Record, what: str) -> Iterator[None]:
-    start = time.perf_counter()
+def _no_cache_of_fake_results() -> Iterator[None]:
+    """torch keeps what ops answer for symbolic shapes, and hardly meets one again: a third of a trace's time."""
+    from torch._dynamo import config
+
+    before: Any = config.fake_tensor_cache_enabled
+    config.fake_tensor_cache_enabled = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        record.seconds[what] = round(time.perf_counter() - start, 2)
+        config.fake_tensor_cache_enabled = before
+
+
+@contextmanager
+def _timed(record: Record, what: str) -> Iterator[None]:
+    start = time.process_time()
+    try:
+        yield
+    finally:
+        record.seconds[what] = round(time.process_time() - start, 2)
 
 
 def _told(error: BaseException) -> str:

@@ -19,7 +19,7 @@ MEMORY = 14 * 2**30
 def sweep(subjects: Iterable[tuple[str, str]], *, seconds: float = 200) -> Iterator[Record]:
     """Measure each (model type, head) in turn. One that ends early has what it knew until then, and the reason."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["decoding.measure"])
+    context.set_forkserver_preload(["decoding.warm"])
     for family, head in subjects:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(sender, family, head), daemon=True)
