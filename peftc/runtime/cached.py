@@ -64,7 +64,7 @@ def encode(model: Any, call: Call) -> Any:
     specs = {name: input_spec(name, tensor, encoder_decoder=True) for name, tensor in call.tensors.items()}
     usual = default_inputs(model.skeleton().model)
     specs.update({name: spec for name, spec in usual.items() if name.startswith("decoder_")})
-    program = model.program_of(specs, call.flags)
+    program = model.program_of(specs, call.flags, tensors=call.tensors)
     cuts, key = model.surgery.cuts, (id(program), "encoder")
     result = outputs(program)
     fields = {"last_hidden_state": (result["encoder_last_hidden_state"],)}
@@ -102,8 +102,8 @@ class _Answer:
         specs = {name: input_spec(name, tensor, encoder_decoder=self._seq2seq) for name, tensor in tensors.items()}
         if layout is not None:
             specs = cached_specs(model, specs, layout)
-        program = self._program(specs, layout)
         given = {**tensors, **past}
+        program = self._program(specs, layout, given)
         if encoded is not None:
             held = crossed(cache, layout) if layout is not None else None
             program = self._cut(program, held or {})
@@ -154,12 +154,14 @@ class _Answer:
             tensors[f"{self._prefix}position_ids"] = positions.expand(batch, -1)
         return tensors
 
-    def _program(self, specs: dict[str, InputSpec], layout: CacheLayout | None) -> Program:
+    def _program(
+        self, specs: dict[str, InputSpec], layout: CacheLayout | None, tensors: Mapping[str, torch.Tensor]
+    ) -> Program:
         if self.call.encoded is not None:  # the encoder's own input is traced, and cut off again
             usual = default_inputs(self.model.skeleton().model)
             main = self.model.main_input_name
             specs = {main: usual[main], **specs}
-        return self.model.program_of(specs, self._flags(), layout)
+        return self.model.program_of(specs, self._flags(), layout, tensors)
 
     @property
     def _last(self) -> int:

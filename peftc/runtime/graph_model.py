@@ -30,6 +30,7 @@ from peftc.runtime.dropouts import places, rates_of
 from peftc.runtime.executor import Executor
 from peftc.runtime.generation import Generates, refuse_cache
 from peftc.runtime.hierarchy import called
+from peftc.runtime.lengths import fitting, one_past
 from peftc.runtime.quantized import forms_of
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
@@ -103,12 +104,26 @@ class GraphModel(HoldsStates, Generates):
         """The rewritten program that serves a call with these tensors (traced on first use)."""
         seq2seq = bool(self.config.is_encoder_decoder)  # pyright: ignore[reportAttributeAccessIssue]
         specs = {name: input_spec(name, tensor, encoder_decoder=seq2seq) for name, tensor in inputs.items()}
-        return self.program_of(specs, flags or {})
+        return self.program_of(specs, flags or {}, tensors=inputs)
 
     def program_of(
-        self, specs: Mapping[str, InputSpec], flags: Mapping[str, Any], layout: CacheLayout | None = None
+        self,
+        specs: Mapping[str, InputSpec],
+        flags: Mapping[str, Any],
+        layout: CacheLayout | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> Program:
-        """The rewritten program for inputs of these kinds, of which some are a cache of this layout."""
+        """The rewritten program for inputs of these kinds, of which some are a cache of this layout.
+
+        With `tensors` it is one that holds for their sizes: where a trace holds for one length only, one of theirs.
+        """
+        return fitting(
+            lambda kinds: self._program_of(kinds, flags, layout), specs, tensors or {}, type(self).__name__
+        )
+
+    def _program_of(
+        self, specs: Mapping[str, InputSpec], flags: Mapping[str, Any], layout: CacheLayout | None
+    ) -> Program:
         surgery = self._surgery
         model: Any = self
         key = (self.variant(), _kinds(model, surgery.plan), call_key(specs, flags))
@@ -125,7 +140,7 @@ class GraphModel(HoldsStates, Generates):
         one = gathered_dtype(model)
         state = state_of(model)
         surgery.rewrite(program, {name: one or state[name].dtype for name in surgery.plan.parameters})
-        if layout is not None and (reason := across(program)) is not None:
+        if layout is not None and (reason := across(program) or one_past(program, specs)) is not None:
             refuse_cache(type(self).__name__, reason)
         return program
 

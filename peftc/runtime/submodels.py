@@ -23,6 +23,7 @@ from peftc.frontend.trace import InputSpec, build_skeleton
 from peftc.patterns.sites import find
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime import per_sample
+from peftc.runtime.lengths import fitting
 from peftc.runtime.signature import call_key, input_spec, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.units import gathered_dtype
@@ -100,10 +101,14 @@ def _program(place: Place, inputs: Mapping[str, torch.Tensor], flags: Mapping[st
     one = gathered_dtype(root)
     now = {name: one or root.get_parameter(name).dtype for name in surgery.plan.parameters}
     kinds = tuple(now[name] for name in surgery.plan.one_of_each_dtype)
-    key = (place.path, root.variant(), kinds, call_key(specs, flags))
-    if key not in surgery.programs:
-        surgery.programs[key] = _rewritten(place, specs, flags, now)
-    return surgery.programs[key]
+
+    def traced(specs: Mapping[str, InputSpec]) -> Program:
+        key = (place.path, root.variant(), kinds, call_key(specs, flags))
+        if key not in surgery.programs:
+            surgery.programs[key] = _rewritten(place, specs, flags, now)
+        return surgery.programs[key]
+
+    return fitting(traced, specs, inputs, place.own.__name__)
 
 
 def _rewritten(

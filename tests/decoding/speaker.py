@@ -35,6 +35,12 @@ class Speaker:
         return bool(self.model.config.is_encoder_decoder)
 
     @property
+    def cache(self) -> str:
+        """The argument that a cache goes by."""
+        others = [name for name in ("cache_params", "mems", "state") if name in self.accepted]
+        return "past_key_values" if "past_key_values" in self.accepted or not others else others[0]
+
+    @property
     def accepted(self) -> frozenset[str]:
         return _accepted(self.model)
 
@@ -54,16 +60,16 @@ class Speaker:
                 call = {name: value for name, value in self.given.items() if name == "attention_mask"}
                 call["encoder_outputs"] = self.model.get_encoder()(**self.given)
             for start, end in zip([0, *range(first, ids.shape[1])], range(first, ids.shape[1] + 1), strict=True):
-                tokens = self._tokens(ids[:, :end], None) | {"past_key_values": cache, "use_cache": True}
+                tokens = self._tokens(ids[:, :end], None) | {self.cache: cache, "use_cache": True}
                 for name in ("input_ids", "decoder_input_ids", "position_ids"):
                     if name in tokens:
                         tokens[name] = tokens[name][:, start:]
                 if "logits_to_keep" in self.accepted:
                     tokens["logits_to_keep"] = 1
                 result = self.model(**call, **tokens)
-                cache = result.past_key_values
+                cache = getattr(result, self.cache, None)
                 if cache is None:
-                    raise LookupError("it returns no `past_key_values`")
+                    raise LookupError(f"it returns no `{self.cache}`")
                 found.append(result.logits[:, -1:])
         return torch.cat(found, 1)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from decoding.record import Record
 
@@ -18,6 +19,8 @@ MEMORY = 14 * 2**30
 
 def sweep(subjects: Iterable[tuple[str, str]], *, seconds: float = 200) -> Iterator[Record]:
     """Measure each (model type, head) in turn. One that ends early has what it knew until then, and the reason."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # the server knows no path of this process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["decoding.warm"])
     for family, head in subjects:
