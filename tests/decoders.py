@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> None:
     for record in sweep(asked):
         records[record.name] = record
         write(records)
-        print(record.name, record.seconds, "; ".join(record.failures) or "right", flush=True)
+        said = record.failures or [f"{what}: {why}" for what, why in record.stopped.items()] or ["right"]
+        print(record.name, record.seconds, "; ".join(said), flush=True)
     print(shown(records))
 
 

@@ -137,7 +137,21 @@ def trace(
     if lost:
         fail("E038", f"{type(model).__name__} makes the constants {', '.join(lost)} on the device of its weights")
     program.tied = tied_names(model)
+    program.fixed = _fixed_axes(program, renamed)
     return program
+
+
+def _fixed_axes(program: Program, inputs: Mapping[str, InputSpec]) -> dict[str, int]:
+    """The axes that should be symbols and are numbers in the graph, for code that loops over them was written out."""
+    found: dict[str, int] = {}
+    for name, node in program.placeholders("input").items():
+        value = node.meta.get("val")
+        if name in inputs and isinstance(value, torch.Tensor):
+            for axis, size in zip(inputs[name].sizes, value.shape, strict=True):
+                number = size if isinstance(size, int) else size.node.maybe_as_int()
+                if isinstance(axis, str) and number is not None:
+                    found[axis] = number
+    return found
 
 
 def _export(

@@ -37,5 +37,5 @@ def copied(program: Program) -> Program:
 
 _FIELDS = (
     "bindings", "constants", "sites", "ledger", "delta_parameters", "trainable", "tied", "replaced", "replaced_at",
-    "carried",
+    "carried", "fixed",
 )  # fmt: skip

@@ -135,6 +135,8 @@ class Program:
     """The same for a value replaced for one user only: (node, user) to the new operand."""
     carried: list[Carried] = field(default_factory=list)
     """Values that deltas read from layer to layer."""
+    fixed: dict[str, int] = field(default_factory=dict)
+    """Named axes of the inputs that are numbers in the graph, which then holds for these sizes only."""
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram) -> Program:

@@ -52,6 +52,10 @@ class Generates:
         """The graph makes its masks of the one mask that it takes, for static caches too."""
         return attention_mask
 
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """Images go to the graph, whose deltas may reach into the tower that reads them: none is encoded before."""
+        return False
+
     def _valid_auto_compile_criteria(self, *_: Any, **__: Any) -> bool:
         """`generate` does not compile the graph by itself, whatever the cache."""
         return False

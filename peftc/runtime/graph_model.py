@@ -117,9 +117,7 @@ class GraphModel(HoldsStates, Generates):
 
         With `tensors` it is one that holds for their sizes: where a trace holds for one length only, one of theirs.
         """
-        return fitting(
-            lambda kinds: self._program_of(kinds, flags, layout), specs, tensors or {}, type(self).__name__
-        )
+        return fitting(lambda kinds: self._program_of(kinds, flags, layout), specs, tensors or {}, type(self).__name__)
 
     def _program_of(
         self, specs: Mapping[str, InputSpec], flags: Mapping[str, Any], layout: CacheLayout | None
@@ -140,7 +138,7 @@ class GraphModel(HoldsStates, Generates):
         one = gathered_dtype(model)
         state = state_of(model)
         surgery.rewrite(program, {name: one or state[name].dtype for name in surgery.plan.parameters})
-        if layout is not None and (reason := across(program) or one_past(program, specs)) is not None:
+        if layout is not None and (reason := across(program) or one_past(program)) is not None:
             refuse_cache(type(self).__name__, reason)
         return program
 

@@ -1,10 +1,8 @@
 """Traces that hold for one length only. Code that loops over the tokens (a scan of a state-space model, chunks of a
 linear attention) is written out by the tracer, one pass for each token of its sample. The length is a number in such
-a graph, where it should be a symbol, and a text of another length needs a trace of its own.
+a graph, where it should be a symbol (`Program.fixed`), and a text of another length needs a trace of its own.
 
-fixed_axes(program, specs)              # {"sequence": 11}: that is what the graph holds for
-pinned(specs, {"sequence": 12})         # the inputs of a trace for twelve tokens
-fitting(trace, specs, tensors, "Mamba") # a program for these tensors
+fitting(trace, specs, tensors, "Mamba")     # a program for these tensors, made by `trace`
 """
 
 from __future__ import annotations
@@ -14,27 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from peftc.frontend.trace import LABELS, InputSpec
-
 if TYPE_CHECKING:
+    import torch
+
+    from peftc.frontend.trace import InputSpec
     from peftc.ir.program import Program
-
-
-def fixed_axes(program: Program, specs: Mapping[str, InputSpec]) -> dict[str, int]:
-    """The axes that are symbols in `specs` and numbers in the graph, with these numbers."""
-    found: dict[str, int] = {}
-    placeholders = program.placeholders("input")
-    for name, spec in specs.items():
-        node = placeholders.get(LABELS if name == "labels" else name)
-        value = None if node is None else node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            for axis, size in zip(spec.sizes, value.shape, strict=True):
-                number = size if isinstance(size, int) else size.node.maybe_as_int()
-                if isinstance(axis, str) and number is not None:
-                    found[axis] = number
-    return found
 
 
 def fitting(
@@ -45,9 +27,11 @@ def fitting(
 ) -> Program:
     """The program for inputs of these kinds that holds for the sizes of `tensors`; `name` is the model's."""
     while True:
-        program, sizes = trace(specs), sizes_of(specs, tensors)
-        fixed = fixed_axes(program, specs)
-        wrong = {axis: sizes[axis] for axis, size in fixed.items() if sizes.get(axis, size) != size}
+        program = trace(specs)
+        if not program.fixed:
+            return program
+        sizes = sizes_of(specs, tensors)
+        wrong = {axis: sizes[axis] for axis, size in program.fixed.items() if sizes.get(axis, size) != size}
         if not wrong:
             return program
         axes = " and ".join(sorted(wrong))
@@ -59,10 +43,9 @@ def fitting(
         specs = pinned(specs, wrong)
 
 
-def one_past(program: Program, specs: Mapping[str, InputSpec]) -> str | None:
+def one_past(program: Program) -> str | None:
     """Why a trace with a cache serves one step only, in words; None where it serves every step."""
-    fixed = fixed_axes(program, specs)
-    return "its trace holds for one length of the past only" if {"past", "window"} & set(fixed) else None
+    return "its trace holds for one length of the past only" if {"past", "window"} & program.fixed.keys() else None
 
 
 def sizes_of(specs: Mapping[str, InputSpec], tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -79,6 +62,8 @@ def sizes_of(specs: Mapping[str, InputSpec], tensors: Mapping[str, torch.Tensor]
 def pinned(specs: Mapping[str, InputSpec], sizes: Mapping[str, int]) -> dict[str, InputSpec]:
     """The inputs with these axes as numbers."""
     return {
-        name: replace(spec, sizes=tuple(sizes.get(size, size) if isinstance(size, str) else size for size in spec.sizes))
+        name: replace(
+            spec, sizes=tuple(sizes.get(size, size) if isinstance(size, str) else size for size in spec.sizes)
+        )
         for name, spec in specs.items()
     }

@@ -46,7 +46,7 @@ def read_call(forward: Callable[..., Any], config: Any, args: tuple[Any, ...], k
     given.pop(next(iter(signature.parameters)))
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     given.update(given.pop(rest, {}))
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None and not _holds_nothing(value)}
     as_tuple = not given.pop("return_dict", getattr(config, "return_dict", True))
     cache, encoded = given.pop("past_key_values", None), _encoded(given.pop("encoder_outputs", None))
     cached = bool(given.pop("use_cache", False)) or cache is not None
@@ -74,6 +74,11 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     if forward not in _SIGNATURES:
         _SIGNATURES[forward] = inspect.signature(forward)
     return _SIGNATURES[forward]
+
+
+def _holds_nothing(value: Any) -> bool:
+    """An empty dictionary, which `generate` gives for what a model of several towers could have been given."""
+    return isinstance(value, dict) and not value
 
 
 def _encoded(given: Any) -> Any:

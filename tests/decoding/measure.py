@@ -13,7 +13,7 @@ import torch
 from families.family import softmax_keeps_float64
 from torch import Tensor
 
-from decoding.properties import BOUNDS, PROPERTIES, LacksError, text
+from decoding.properties import BOUNDS, PROPERTIES, ROUNDED, LacksError, text
 from decoding.record import HOLDS, Record
 from decoding.speaker import Speaker
 from decoding.subjects import LARGEST, Traced, built, rules_for, skeleton_of, usual_inputs
@@ -162,10 +162,10 @@ def _try(traced: Traced, base: _Base, rule: str, hyper: dict[str, object], recor
         if name == "cached" and reason is not None:
             verdicts[name] = f"uncached: {reason}"
             continue
-        verdicts[name] = _verdict(holds, speaker, record.base[name])
+        verdicts[name] = _verdict(holds, speaker, record.base[name], rounds=traced.rounds())
 
 
-def _verdict(holds: Callable[[Speaker], float], speaker: Speaker, wanted: str) -> str:
+def _verdict(holds: Callable[[Speaker], float], speaker: Speaker, wanted: str, *, rounds: bool) -> str:
     try:
         with quiet():
             difference = holds(speaker)
@@ -173,7 +173,9 @@ def _verdict(holds: Callable[[Speaker], float], speaker: Speaker, wanted: str) -
         return f"fails: {lack}"
     except _ANY as error:
         return f"fails: {_told(error)}"
-    return wanted if difference <= BOUNDS[wanted] else f"fails: differs by {difference:.1e}"
+    if difference <= BOUNDS[wanted]:
+        return wanted
+    return "float32" if rounds and difference <= ROUNDED else f"fails: differs by {difference:.1e}"
 
 
 def _changes(adapted: Speaker, base: Speaker) -> None:

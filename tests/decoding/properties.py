@@ -18,6 +18,10 @@ LENGTH, FIRST, CHANGED, SHORT = 12, 5, 7, (12, 9, 6)
 LOWEST, HIGHEST = 5, 19
 """Token ids: above padding and the like, below every special token that a small config has."""
 BOUNDS = {"exact": 1e-10, "float32": 2e-4}
+ROUNDED = 1e-6
+"""Of a model in float64 that rounds to float32 inside: a base may be equal bit for bit, where one with a prefix, whose
+products have another length, sums in another order.
+"""
 
 
 class LacksError(Exception):

@@ -91,6 +91,11 @@ class Traced:
     def kinds(self) -> set[str]:
         return {site.kind for site in self.program.sites}
 
+    def rounds(self) -> bool:
+        """Whether a model in float64 computes something in float32."""
+        values = [node.meta.get("val") for node in self.program.graph.nodes if node.op == "call_function"]
+        return any(isinstance(value, torch.Tensor) and value.dtype is torch.float32 for value in values)
+
     def adapted(self, rule: str, hyper: dict[str, object]) -> Any:
         """A copy of the base with `rule` on it, deltas far from zero."""
         program = copied(self.program)

@@ -35,5 +35,7 @@ def shown(records: Mapping[str, Record]) -> str:
         record = records[name]
         lines += [f"{name}: {what}: {why}" for what, why in record.stopped.items() if what in ("build", "trace")]
         lines += [f"{name}: {failure}" for failure in record.failures]
-    lines += [f"{what}: " + ", ".join(f"{n} {k}" for k, n in sums.items()) for what, sums in totals(records.values()).items()]
+    lines += [
+        f"{what}: " + ", ".join(f"{n} {k}" for k, n in sums.items()) for what, sums in totals(records.values()).items()
+    ]
     return "\n".join(lines)
