@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu survey soak library bench reference lint format clean
+.PHONY: help install demo test test-all test-gpu survey decoders soak library bench reference lint format clean
 
 help:
 	@echo "make demo      adapt, train, fold and export a real pretrained model (all-MiniLM-L6-v2)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench     the measurements"
 	@echo "make soak      train, save, kill -9 and resume for 30 minutes: nothing lost or corrupt"
 	@echo "make survey    every model type of transformers, for hours"
+	@echo "make decoders  every decoder of transformers: cached steps, padding, attention, causality, greedy text"
 	@echo "make reference rules/REFERENCE.md and the tables in rules/README.md, from peftc's own tables"
 	@echo "make lint      ruff and pyright"
 	@echo "make clean     remove .venv and everything built"
@@ -72,6 +73,10 @@ survey: $(STAMP)
 MINUTES ?= 30
 soak: $(STAMP)
 	$(BIN)/python -W ignore tests/soak.py $(MINUTES)
+
+# What is in the table already stays; `python tests/decoders.py --show` prints the misses and the totals.
+decoders: $(STAMP)
+	$(BIN)/python tests/decoders.py
 
 # pyright knows nothing of setuptools' package-dir, so passes/ and rules/ are linked to where they install.
 reference: $(STAMP)

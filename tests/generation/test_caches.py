@@ -166,3 +166,19 @@ def test_a_static_cache_that_is_full_is_an_error(made: Make) -> None:
     cache = StaticCache(config=subject.model.config, max_cache_len=4)
     with pytest.raises(PeftcError, match=r"E041 error: .*7 more tokens into a static cache of 4 that holds 0"):
         subject.model(**given, past_key_values=cache)
+
+
+def test_a_mixture_of_experts_has_a_cache() -> None:
+    """Its experts run as one grouped product, which the device without memory computes for bfloat16 alone."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from peftc.frontend.cache import cache_layout
+    from peftc.frontend.trace import build_skeleton, default_inputs
+
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    skeleton = build_skeleton(Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, **more), torch.float32)
+    before = skeleton.config._experts_implementation
+    layout = cache_layout(skeleton, default_inputs(skeleton.model))
+    assert [layer.heads for layer in layout.layers if layer is not None] == [2, 2]
+    assert skeleton.config._experts_implementation == before
