@@ -75,7 +75,9 @@ def cache_layout(skeleton: Skeleton, inputs: Mapping[str, InputSpec]) -> CacheLa
     cache = _filled_cache(skeleton, {name: sample(spec) for name, spec in inputs.items()})
     if isinstance(cache, EncoderDecoderCache):
         own: Any = cache.self_attention_cache
-        return CacheLayout(_layers(skeleton, own), cross=True)
+        other: Any = cache.cross_attention_cache
+        holds = any(getattr(layer, "keys", None) is not None for layer in other.layers)
+        return CacheLayout(_layers(skeleton, own), cross=holds)  # a decoder by itself attends to no encoder
     if not isinstance(cache, Cache):
         _refuse(skeleton, "it returns none" if cache is None else f"it keeps a {type(cache).__name__}")
     return CacheLayout(_layers(skeleton, cache))  # pyright: ignore[reportArgumentType]
@@ -214,6 +216,8 @@ def kept(cache: Any) -> tuple[tuple[torch.Tensor | None, ...], ...]:
     if isinstance(cache, EncoderDecoderCache):
         own: Any = cache.self_attention_cache
         other: Any = cache.cross_attention_cache
+        if not other.layers:
+            return kept(own)
         pairs = zip(own.layers, other.layers, strict=True)
         return tuple((one.keys, one.values, cross.keys, cross.values) for one, cross in pairs)
     return tuple((layer.keys, layer.values) for layer in cache.layers)

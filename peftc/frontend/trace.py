@@ -23,6 +23,7 @@ from torch import fx
 from peftc.diagnostics import fail
 from peftc.frontend.inputs import InputSpec, default_inputs, forward_arguments
 from peftc.frontend.random_depth import without_random_depth
+from peftc.ir.guards import guards_of
 from peftc.ir.program import Program, is_call
 from peftc.store.trace_cache import TraceCache, key_of
 
@@ -129,9 +130,13 @@ def trace(
             with quiet():
                 exporter = DynamoExporter()
             exported = _export(exporter, model, tensors, settings, fixed, layout)
-            with quiet():
-                cache.write(key, exported)
-    program = Program.from_exported(exported)
+            program = Program.from_exported(exported)
+            program.guards = guards_of(program, {name: spec.sizes for name, spec in renamed.items()})
+            if program.guards is None:  # a file does not hold them
+                with quiet():
+                    cache.write(key, exported)
+        else:
+            program = Program.from_exported(exported)
     used = {binding.name for node, binding in program.bindings.items() if binding.kind == "constant" and _read(node)}
     lost = [name for name in used if program.constants[name].device.type == "meta"]
     if lost:

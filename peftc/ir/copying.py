@@ -32,7 +32,7 @@ def copied(program: Program) -> Program:
     memo |= {id(node.meta["val"]): node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
     memo |= {id(p.dtype): p.dtype for p in program.delta_parameters.values()}
     fields = {name: copy.deepcopy(getattr(program, name), memo) for name in _FIELDS}
-    return Program(program.exported, module, **fields)
+    return Program(program.exported, module, guards=program.guards, **fields)
 
 
 _FIELDS = (

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.export import ExportedProgram
 
+    from peftc.ir.guards import Guards
     from peftc.ir.sites import Site
 
 BindingKind = Literal["parameter", "buffer", "constant", "input"]
@@ -137,6 +138,8 @@ class Program:
     """Values that deltas read from layer to layer."""
     fixed: dict[str, int] = field(default_factory=dict)
     """Named axes of the inputs that are numbers in the graph, which then holds for these sizes only."""
+    guards: Guards | None = None
+    """What else the graph holds for: a loop over chunks of the tokens is right for one number of chunks."""
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram) -> Program:

@@ -1,6 +1,7 @@
 """Traces that hold for one length only. Code that loops over the tokens (a scan of a state-space model, chunks of a
 linear attention) is written out by the tracer, one pass for each token of its sample. The length is a number in such
-a graph, where it should be a symbol (`Program.fixed`), and a text of another length needs a trace of its own.
+a graph, where it should be a symbol (`Program.fixed`), or the number of chunks is assumed (`Program.guards`), and a
+text of another length needs a trace of its own.
 
 fitting(trace, specs, tensors, "Mamba")     # a program for these tensors, made by `trace`
 """
@@ -28,10 +29,12 @@ def fitting(
     """The program for inputs of these kinds that holds for the sizes of `tensors`; `name` is the model's."""
     while True:
         program = trace(specs)
-        if not program.fixed:
+        if not program.fixed and program.guards is None:
             return program
         sizes = sizes_of(specs, tensors)
         wrong = {axis: sizes[axis] for axis, size in program.fixed.items() if sizes.get(axis, size) != size}
+        if program.guards is not None:
+            wrong |= {axis: sizes[axis] for axis in program.guards.broken(sizes)}
         if not wrong:
             return program
         axes = " and ".join(sorted(wrong))

@@ -182,3 +182,16 @@ def test_a_mixture_of_experts_has_a_cache() -> None:
     layout = cache_layout(skeleton, default_inputs(skeleton.model))
     assert [layer.heads for layer in layout.layers if layer is not None] == [2, 2]
     assert skeleton.config._experts_implementation == before
+
+
+def test_a_decoder_that_attends_to_no_encoder_has_a_plain_cache() -> None:
+    """It answers with a cache for cross attention too, which stays empty."""
+    from transformers import MegatronBertConfig, MegatronBertForCausalLM
+
+    from peftc.frontend.cache import cache_layout
+    from peftc.frontend.trace import build_skeleton, default_inputs
+
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    skeleton = build_skeleton(MegatronBertForCausalLM, MegatronBertConfig(**sizes, is_decoder=True))
+    layout = cache_layout(skeleton, default_inputs(skeleton.model))
+    assert not layout.cross and len(layout.layers) == 1
