@@ -27,15 +27,20 @@ _HARMLESS = (
 
 def across(program: Program) -> str | None:
     """What a delta of the program does that a cache does not admit, in words; None where each token stands alone."""
-    for insertion in program.ledger:
-        if insertion.lowering == "prepend" or _resizes(insertion):
-            return f"delta `{insertion.delta}` makes the sequence longer"
+    longer = resizing(program)
+    if longer is not None:
+        return f"delta `{longer}` makes the sequence longer"
     deltas = [(f"delta `{i.delta}`", i.nodes) for i in program.ledger if i.lowering not in ("concat", "gated")]
     for what, nodes in (*deltas, *((f"the carried value `{c.name}`", c.own) for c in program.carried)):
         node = next(filter(_mixes, nodes), None)
         if node is not None:
             return f"{what} looks beyond a token: its `{_name(node)}` works along the sequence"
     return None
+
+
+def resizing(program: Program) -> str | None:
+    """The delta that makes the sequence longer, by its name; None where there is none."""
+    return next((i.delta for i in program.ledger if i.lowering == "prepend" or _resizes(i)), None)
 
 
 def _resizes(insertion: Insertion) -> bool:

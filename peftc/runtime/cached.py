@@ -19,6 +19,7 @@ from peftc.frontend.cache import CacheLayout, cache_layout, past_specs
 from peftc.frontend.trace import InputSpec, default_inputs, forward_arguments
 from peftc.ir.cut import cut, outputs
 from peftc.ir.program import Program
+from peftc.ir.stepwise import resizing
 from peftc.runtime.caches import check_cache, crossed, crossed_names, keep, new_cache, past_of, tokens_seen
 from peftc.runtime.signature import Call, input_spec
 
@@ -197,6 +198,14 @@ def decoder_of(program: Program, before: list[str], *, crossed: bool) -> Program
     everything: Any = program.output_node.args[0]
     part = cut(program, at, [state if node in shown else node for node in everything])
     left = [name for name in before if name in part.inputs]
+    if left and (longer := resizing(program)) is not None:
+        fail(
+            "E041",
+            f"the decoder does not run by itself: delta `{longer}` makes the encoder's sequence longer, and the "
+            "decoder attends to rows that `encoder_outputs`, which hold the caller's tokens, do not hold",
+            help="call the model with `input_ids` and `decoder_input_ids` for each token; `generate` runs the encoder "
+            "once, so it needs a rule without such rows, as `prefix`, which puts its own at each attention",
+        )
     if left:
         fail(
             "E041",

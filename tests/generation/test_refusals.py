@@ -66,3 +66,15 @@ def test_a_carried_value_that_sums_along_the_sequence_is_told_by_its_op(tmp_path
 def test_a_delta_that_sums_along_the_sequence_is_told_by_its_op(made: Make) -> None:
     with pytest.warns(UserWarning, match=r"delta `lora.q` looks beyond a token: its `mean` works along the sequence"):
         made("llama", "unipelt").model.generate(**prompts(1), **OPTIONS)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_with_a_prompt_says_why_it_does_not_generate_and_what_does(made: Make) -> None:
+    subject, ids = made("t5", "prompt"), prompts(2)
+    given = {"input_ids": ids["input_ids"].flip(1), "attention_mask": ids["attention_mask"].flip(1)}
+    with pytest.raises(PeftcError, match=r"E041 error: .*delta `prompt` makes the encoder's sequence longer") as told:
+        subject.model.generate(**given, **OPTIONS, use_cache=False)
+    assert "`decoder_input_ids` for each token" in str(told.value)
+    with torch.no_grad():
+        result = subject.model(**given, decoder_input_ids=torch.zeros((2, 1), dtype=torch.long))
+    assert result.logits.shape[:2] == (2, 1)
