@@ -3,6 +3,7 @@
 - metadata assertions of the tracer are dropped;
 - view -> addmm -> view (a linear layer with its weight stored [in, out], GPT-2's Conv1D) becomes
   `linear(x, transpose(W))`: the transpose records the layout;
+- `matmul(x, transpose(W))` (Falcon) becomes `linear(x, W)`;
 - an op that writes into a value of the graph (`add_`) becomes the one that makes a new value, where nothing else
   shares the memory;
 - integers that `histc` counts become floats, which it counts on the CPU too;
@@ -47,7 +48,8 @@ class Normalize:
             if is_call(node, aten.addmm.default):
                 _addmm_to_linear(program, node)
             elif is_call(node, aten.matmul.default):
-                _weight_first_to_linear(program, node)
+                first = program.parameter_name(operand(node, 0)) is not None
+                (_weight_first_to_linear if first else _matmul_to_linear)(program, node)
             elif is_call(node, aten.einsum.default):
                 einsum_to_matmul(program, node)
             elif is_call(node, aten.histc.default):
@@ -103,6 +105,26 @@ def _weight_first_to_linear(program: Program, node: fx.Node) -> None:
     for written in builder.nodes:
         written.meta.pop("custom")
     node.replace_all_uses_with(value)
+    program.graph.erase_node(node)
+
+
+_TURNED = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
+
+
+def _matmul_to_linear(program: Program, node: fx.Node) -> None:
+    x, turned = node.args
+    if not isinstance(turned, fx.Node) or not is_call(turned, *_TURNED):
+        return
+    weight = turned.args[0]
+    assert isinstance(weight, fx.Node) and isinstance(x, fx.Node)
+    if program.parameter_name(weight) is None or shape_of(turned) != shape_of(weight)[::-1] or len(shape_of(x)) < 2:
+        return
+    if is_call(turned, aten.permute.default) and turned.args[1] == [0, 1]:
+        return
+    builder = Builder(program, node, label="", like=node)
+    linear = builder.call(aten.linear.default, x, weight)
+    linear.meta.pop("custom")
+    node.replace_all_uses_with(linear)
     program.graph.erase_node(node)
 
 

@@ -223,7 +223,7 @@ def families(
 
     shown = table.measured_anew(names) if names else table.table()
     if as_json:
-        typer.echo(json.dumps(shown.to_json(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(shown.shown(), indent=2, ensure_ascii=False))
     else:
         from rich.console import Console
 

@@ -1,9 +1,11 @@
 """Writes peftc/survey/families.json, the family table:
 
-    python tests/survey.py                  # families not in it yet, everything measured
+    python tests/survey.py                  # families not measured in full yet
     python tests/survey.py llama bert       # these anew; the rest stays
-    python tests/survey.py --all            # all anew: hours on two cores
-    python tests/survey.py --from FILE...   # records that were measured elsewhere, one JSON object a line
+    python tests/survey.py --missed         # anew what had a miss, the oldest first
+    python tests/survey.py --all            # all anew: about an hour on one core
+    python tests/survey.py --into=FILE ...  # any of these, but records go to FILE, one JSON object a line
+    python tests/survey.py --from FILE...   # such records into the table
 
 The file is written after each family, so the run may be ended at any time and taken up again.
 """
@@ -11,16 +13,20 @@ The file is written after each family, so the run may be ended at any time and t
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from peftc.survey.record import Record
 from peftc.survey.sweep import every_family, sweep
-from peftc.survey.table import FILE, FamilyTable, sums
+from peftc.survey.table import FILE, FamilyTable
+from peftc.survey.totals import lines, sums, totals
 
 TARGET = Path(__file__).parents[1] / "peftc" / "survey" / FILE
-SECONDS = 180
+README = Path(__file__).parents[1] / "README.md"
+SECONDS = 400
+"""On a machine that does other things besides."""
 
 
 def write(records: dict[str, Record]) -> None:
@@ -32,25 +38,59 @@ def write(records: dict[str, Record]) -> None:
         entry.pop("seconds")
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in document["families"])
     head = json.dumps(document["versions"])
+    state_in_readme(records)
     TARGET.write_text(f'{{"versions": {head},\n"families": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def state_in_readme(records: dict[str, Record]) -> None:
+    """The sums where the README shows them: what the command prints up to the causes of misses."""
+    shown = "".join(f"{line}\n" for line in sums(totals(records.values())))
+    page = README.read_text(encoding="utf-8")
+    README.write_text(
+        re.sub(r"(?s)(It ends in:\n\n```text\n).*?(?=```)", lambda m: m[1] + shown, page), encoding="utf-8"
+    )
 
 
 def main(arguments: list[str]) -> None:
     records = FamilyTable.from_json(json.loads(TARGET.read_text(encoding="utf-8"))).records if TARGET.exists() else {}
     if arguments[:1] == ["--from"]:
-        for path in arguments[1:]:
-            for line in Path(path).read_text(encoding="utf-8").splitlines():
-                record = Record.from_json(json.loads(line))
-                records[record.family] = record
+        for path in map(Path, arguments[1:]):
+            records.update(kept_in(path))
         write(records)
     else:
-        named = [name for name in arguments if not name.startswith("--")]
-        missing = [name for name in every_family() if name not in records or "--all" in arguments]
-        for record in sweep(named or missing, seconds=SECONDS, onnx=True):
+        into = next((Path(a.partition("=")[2]) for a in arguments if a.startswith("--into=")), None)
+        if into is not None and into.exists():
+            records.update(kept_in(into))
+        for record in sweep(chosen(arguments, records), seconds=SECONDS, onnx=True):
             records[record.family] = record
-            write(records)
-            print(record.family, "; ".join(record.reasons) or "right", flush=True)
-    print(sums(records.values()))
+            keep(record, records, into)
+            print(record.family, round(record.seconds, 1), "; ".join(record.reasons) or "right", flush=True)
+    print(*lines(totals(records.values())), sep="\n")
+
+
+def chosen(arguments: list[str], records: dict[str, Record]) -> list[str]:
+    """The families to measure: those not known at all, then those known by their sites alone."""
+    named = [name for name in arguments if not name.startswith("--")]
+    if named or "--all" in arguments:
+        return named or every_family()
+    if "--missed" in arguments:
+        return sorted((n for n, r in records.items() if r.reasons), key=lambda name: records[name].measured)
+    left = [name for name in every_family() if name not in records or not records[name].full]
+    return sorted(left, key=lambda name: name in records)
+
+
+def keep(record: Record, records: dict[str, Record], into: Path | None) -> None:
+    if into is None:
+        write(records)
+    else:
+        with into.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
+
+
+def kept_in(path: Path) -> dict[str, Record]:
+    """The last record of each family in a file with one JSON object a line."""
+    read = (Record.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+    return {record.family: record for record in read}
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ default_inputs(model)["input_ids"].sizes        # ("batch", "sequence")
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from peftc.frontend.documented import Argument, documented, sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,16 +36,21 @@ def default_inputs(model: PreTrainedModel) -> dict[str, InputSpec]:
     """
     accepted = forward_arguments(type(model))
     main = model.main_input_name if model.main_input_name in accepted else _first_of(accepted)
+    told = documented(type(model))
     inputs: dict[str, InputSpec] = {}
     if main == "input_ids":
-        inputs["input_ids"] = IDS
-        if "attention_mask" in accepted:
+        if "input_ids" in accepted:
+            inputs["input_ids"] = IDS
+        if {"input_ids", "attention_mask"} <= {*accepted}:
             inputs["attention_mask"] = IDS
     elif main in _SHAPES:
-        inputs[main] = InputSpec(model.dtype, ("batch", *_SHAPES[main](model, model.config)))
+        shape = _SHAPES[main](model, model.config)
+        pair = main == "pixel_values" and main in told and told[main].dims[1:2] == ("2",)
+        inputs[main] = InputSpec(model.dtype, ("batch", 2, *shape) if pair else ("batch", *shape))
     elif main == "inputs_embeds":
         inputs[main] = InputSpec(model.dtype, ("batch", "sequence", _width(model.config)))
     inputs.update(_beside(model, accepted, main))
+    inputs.update(_asked_for(model, told, inputs))
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = InputSpec(torch.long, ("batch", "target"))
     return inputs
@@ -64,12 +72,54 @@ def _beside(model: PreTrainedModel, accepted: tuple[str, ...], main: str) -> dic
     signature = inspect.signature(type(model).forward).parameters
     for name, tower in (("pixel_values", "vision_config"), ("input_features", "audio_config")):
         config = getattr(model.config, tower, None)
+        if config is None and name == "pixel_values" and hasattr(model.config, "image_size"):
+            config = model.config  # one tower that reads text and an image
         required = name in accepted and signature[name].default is inspect.Parameter.empty
         if name in accepted and name != main and config is not None and (required or not model.can_generate()):
             found[name] = InputSpec(model.dtype, ("batch", *_SHAPES[name](model, config)))
-    if "input_ids" in accepted and main != "input_ids" and signature["input_ids"].default is inspect.Parameter.empty:
-        found["input_ids"] = IDS
+    if "input_ids" in accepted and main != "input_ids":
+        required = signature["input_ids"].default is inspect.Parameter.empty
+        if required or (hasattr(model.config, "text_config") and not model.config.is_encoder_decoder):
+            found["input_ids"] = IDS
     return found
+
+
+def _asked_for(
+    model: PreTrainedModel, told: Mapping[str, Argument], known: Mapping[str, InputSpec]
+) -> dict[str, InputSpec]:
+    """What else has to be given: arguments without a default, and those that the documentation calls not optional.
+
+    Where a model reads text or an image, only the places of its words count among the latter: what such a
+    documentation calls needed is often one of several ways.
+    """
+    found: dict[str, InputSpec] = {}
+    for name, parameter in inspect.signature(type(model).forward).parameters.items():
+        if name in {*known, *_LABELS, "self"} or parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            continue
+        required = parameter.default is inspect.Parameter.empty
+        argument = told.get(name)
+        needed = argument is not None and not argument.optional and (name in _PLACES or not known)
+        if name == "bbox" and model.config.is_encoder_decoder:  # its bias over places has no default, as an encoder's
+            needed = True
+        if name == "input_features_mask" and name[:-5] in known and (required or needed or argument is not None):
+            found[name] = InputSpec(torch.long, ("batch", _frames(model, known[name[:-5]])))
+        elif argument is not None and (required or needed):
+            dtype = model.dtype if name in _PLACES else argument.dtype or model.dtype
+            found[name] = InputSpec(dtype, sizes(argument, name, model.config))
+        elif required and name.endswith("_embeds"):
+            found[name] = InputSpec(model.dtype, ("batch", "sequence", _width(model.config)))
+    return found
+
+
+_LABELS = ("labels", "future_values")
+_PLACES = ("bbox", "visual_feats", "visual_pos")
+"""Where words stand on a page, and what regions of an image show: parts of the page, so no whole numbers."""
+
+
+def _frames(model: PreTrainedModel, features: InputSpec) -> str | int:
+    """The axis of time of a spectrogram."""
+    mel = getattr(model.config, "num_mel_bins", None)
+    return features.sizes[2] if features.sizes[1] == mel else features.sizes[1]
 
 
 def _width(config: Any) -> int:

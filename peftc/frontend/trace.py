@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from peftc.diagnostics import fail
+from peftc.frontend.host_constants import HostConstants
 from peftc.frontend.inputs import InputSpec, default_inputs, forward_arguments
 from peftc.frontend.random_depth import without_random_depth
 from peftc.ir.guards import guards_of
@@ -138,6 +139,9 @@ def trace(
         else:
             program = Program.from_exported(exported)
     used = {binding.name for node, binding in program.bindings.items() if binding.kind == "constant" and _read(node)}
+    for name, value in program.constants.items():
+        if value.is_meta and value.numel() == 0:  # a list of nothing, such as an empty cache
+            program.constants[name] = torch.empty(value.shape, dtype=value.dtype)
     lost = [name for name in used if program.constants[name].device.type == "meta"]
     if lost:
         fail("E038", f"{type(model).__name__} makes the constants {', '.join(lost)} on the device of its weights")
@@ -167,7 +171,7 @@ def _export(
     flags: Mapping[str, Any],
     layout: CacheLayout | None,
 ) -> ExportedProgram:
-    with quiet(), without_random_depth(model), _called_with(model, flags, layout):
+    with quiet(), without_random_depth(model), HostConstants(), _called_with(model, flags, layout):
         try:
             exported: Any = exporter.export(model, dict(tensors), config=settings)
         except UNTRACEABLE as error:
@@ -206,12 +210,18 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
     return tied
 
 
+def _takes(model: PreTrainedModel, flag: str, accepted: tuple[str, ...]) -> bool:
+    """Whether a flag may be passed. One among `kwargs` goes on to modules that may not know a cache."""
+    known = flag != "use_cache" or model.can_generate() or hasattr(model.config, flag)
+    return flag in accepted or ("kwargs" in accepted and known)
+
+
 @contextlib.contextmanager
 def _called_with(model: PreTrainedModel, flags: Mapping[str, Any], layout: CacheLayout | None) -> Iterator[None]:
     """Let the model take its labels under the name the exporter admits, its cache as tensors, flags as constants."""
     original = model.forward
     accepted = forward_arguments(type(model))
-    fixed = {name: value for name, value in flags.items() if name in accepted or "kwargs" in accepted}
+    fixed = {name: value for name, value in flags.items() if _takes(model, name, accepted)}
 
     def forward(**kwargs: Any) -> Any:
         if LABELS in kwargs:

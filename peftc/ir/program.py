@@ -255,6 +255,7 @@ class Program:
 
     def to_exported(self, state: Mapping[str, torch.Tensor]) -> ExportedProgram:
         """An `ExportedProgram` of the graph as it stands, bound to `state` (every parameter and buffer)."""
+        from torch._export.verifier import load_verifier
         from torch.export import ExportedProgram
 
         specs: list[InputSpec] = []
@@ -282,6 +283,7 @@ class Program:
             module_call_graph=self.exported.module_call_graph,
             example_inputs=None,
             constants=constants,
+            verifiers=[load_verifier("TRAINING")],  # as it was traced: some models write into their own tensors
         )
 
     def _output_specs(self) -> list[Any]:

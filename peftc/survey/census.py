@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ NOT_ATTENTION = re.compile(
     r"Attention\w*(Output|Layer|Block|Pool\w*|Bias|Mask|Norm|Residual|Embedding|Head|Gate|Indexer)$|Rotary"
 )
 LINEAR_ATTENTION = re.compile(
-    r"Lightning|Linear|LSH|GatedDelta|Kimi\w*Delta|Fourier|Conv|Deformable|Nystrom|Rwkv|Retention|AFT"
+    r"Lightning|Linear|Additive|LSH|GatedDelta|Kimi\w*Delta|Fourier|Conv|Deformable|Nystrom|Rwkv|Retention|AFT|Yoso|Mra"
 )
 """Attentions without a softmax over keys, or with sampled or hashed keys."""
 FFN = re.compile(
@@ -38,6 +39,7 @@ PAIRS = (
     ("wi", "wo"),
     ("w1", "w2"),
     ("ffn", "ffn_output"),
+    ("c_fc", "c_proj"),
 )
 """Names of the two linear layers of an FFN that stand in its layer directly."""
 
@@ -57,8 +59,16 @@ def take(model: torch.nn.Module, program: Program) -> Census:
     calls = _calls(program)
     kinds = _kinds(model)
 
+    def times(path: str) -> int:
+        """A `ModuleDict` is never called itself; what it holds is."""
+        held = model.get_submodule(path)
+        names = (
+            [path] if type(held).__name__ != "ModuleDict" else [f"{path}.{name}" for name, _ in held.named_children()]
+        )
+        return max(calls[name] for name in names)
+
     def called(kind: str) -> tuple[str, ...]:
-        return tuple(path for path, its in kinds.items() if its == kind for _ in range(calls[path]))
+        return tuple(path for path, its in kinds.items() if its == kind for _ in range(times(path)))
 
     return Census(called("attention"), called("linear_attention"), called("ffn"), called("experts"))
 
@@ -79,12 +89,14 @@ def _kinds(model: torch.nn.Module) -> dict[str, str]:
         kind = _kind(module)
         if kind is not None:
             kinds[path] = kind
-    layered = {type(model.get_submodule(path)) for path in kinds if _INDEX.search(path)}
-    return {
-        path: kind
-        for path, kind in kinds.items()
-        if _of_a_layer(path, type(model.get_submodule(path)), layered) and not _holds_another(path, kind, kinds)
-    }
+    inside = layered(model, kinds)
+    return {path: kind for path, kind in kinds.items() if inside(path) and not _holds_another(path, kind, kinds)}
+
+
+def layered(model: torch.nn.Module, paths: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a module is in a layer, or of a class that is, of those at `paths`."""
+    classes = {type(model.get_submodule(path)) for path in paths if _INDEX.search(path)}
+    return lambda path: _of_a_layer(path, type(model.get_submodule(path)), classes)
 
 
 def _of_a_layer(path: str, cls: type, layered: set[type]) -> bool:
@@ -105,11 +117,25 @@ def _kind(module: torch.nn.Module) -> str | None:
     if EXPERTS.search(name):
         return "experts"
     children = {child for child, _ in module.named_children()}
-    if name == "Sequential" and sum(type(child).__name__ == "Linear" for child in module.children()) == 2:
-        return "ffn"
+    if name == "Sequential":
+        return "ffn" if _back_to_its_width(module) else None
+    if _chain(module):
+        return None
     if FFN.search(name) or any(set(pair) <= children for pair in PAIRS):
         return "ffn"
     return None
+
+
+def _back_to_its_width(module: torch.nn.Module) -> bool:
+    """Whether two linear layers lead to the width that they started from; other pairs make a bias, or a head."""
+    linears: list[Any] = [child for child in module.children() if type(child).__name__ == "Linear"]
+    return len(linears) == 2 and linears[0].in_features == linears[1].out_features
+
+
+def _chain(module: torch.nn.Module) -> bool:
+    """Whether it is a head of many linear layers in a row: a list of them stands beside others."""
+    lists = [child for child in module.children() if type(child).__name__ == "ModuleList"]
+    return any(len(each) > 0 and all(type(part).__name__ == "Linear" for part in each) for each in lists)
 
 
 def _matrices(module: torch.nn.Module) -> int:

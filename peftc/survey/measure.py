@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peftc.survey import census
 from peftc.survey.record import RULES, Record
 from peftc.survey.shrink import attempts, default_config
 from peftc.survey.trial import Trial
+from peftc.survey.weights import read
 
 PREFERRED = (
     "seq2seq-lm", "speech-seq2seq", "masked-lm", "causal-lm", "image-text-to-text", "image-classification", "ctc",
@@ -40,7 +42,8 @@ def measure(
 
     `numbers` asks for runs of the rules, `onnx` for onnxruntime as well.
     """
-    start, record = time.perf_counter(), Record(family)
+    now = datetime.now(timezone.utc).isoformat(timespec="minutes").removesuffix("+00:00")
+    start, record = time.perf_counter(), Record(family, full=numbers and onnx, measured=now)
     show = watch or (lambda _: None)
     subject = _subject(record, show)
     record.seconds = time.perf_counter() - start
@@ -96,16 +99,23 @@ def _told(error: Exception, record: Record) -> str:
 
 
 def _skeleton(raw: dict[str, Any]) -> Skeleton:
+    """The model with the first head that builds: a config of several towers may not be one of a head for text."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     plain = {**raw, "architectures": None}
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
-    heads = offered(config)
-    head = next((name for name in PREFERRED if name in heads), None)
-    if head is None:
+    offers = offered(config)
+    heads = [name for name in PREFERRED if name in offers]
+    if not heads:
         raise LookupError(f"none of the heads {', '.join(HEADS)} is offered")
-    cls, config = resolve(plain, f"family `{raw['model_type']}`", head)
-    return build_skeleton(cls, config, torch.float32)
+    errors: list[Exception] = []
+    for head in heads:
+        try:
+            cls, config = resolve(plain, f"family `{raw['model_type']}`", head)
+            return build_skeleton(cls, config, torch.float32)
+        except _ANY as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _count(subject: Subject, record: Record) -> None:
@@ -113,7 +123,8 @@ def _count(subject: Subject, record: Record) -> None:
     record.expected = {
         kind: len(getattr(counted, kind)) for kind in ("attention", "linear_attention", "ffn", "experts")
     }
-    kinds = [site.kind for site in subject.program.sites]
+    inside = census.layered(subject.skeleton.model, [site.path for site in subject.program.sites])
+    kinds = [s.kind for s in subject.program.sites if s.kind not in ("attention", "ffn") or inside(s.path)]
     record.found = {kind: kinds.count(kind) for kind in ("attention", "ffn", "experts", "block", "linear")}
     for kind in ("attention", "ffn"):
         if not record.right(kind):
@@ -121,7 +132,8 @@ def _count(subject: Subject, record: Record) -> None:
 
 
 def _try_rules(subject: Subject, record: Record, *, onnx: bool, show: Callable[[Record], None]) -> None:
-    size = sum(parameter.numel() for parameter in subject.skeleton.model.parameters())
+    used = read(subject.program)
+    size = sum(p.numel() for name, p in subject.skeleton.model.named_parameters() if name in used)
     if size > LARGEST:
         record.reasons.append(f"not run: {size:,} parameters when made small")
         return

@@ -13,6 +13,8 @@ RULES: Mapping[str, Mapping[str, object]] = {
 }
 """The rules that are tried, with small sizes: one over attention and FFN, one on weights, one on outputs."""
 
+KINDS = ("attention", "ffn")
+STEPS = ("applies", "identity", "learns", "onnx")
 Step = str
 """How far a rule gets: "" not tried, "applies", "identity" (equals the base at the start), "learns" (a gradient for
 every delta), "onnx" (equal in onnxruntime too)."""
@@ -32,11 +34,20 @@ class Record:
     rules: dict[str, Step] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     """Each miss in words."""
+    full: bool = False
+    """Whether rules were asked for, and ONNX; a row of sites alone says nothing about either."""
+    measured: str = ""
+    """When, in UTC."""
     seconds: float = 0.0
 
     def right(self, kind: str) -> bool:
         """Whether as many sites were found as the class names say."""
         return self.traced and self.found.get(kind, 0) == self.expected.get(kind, 0)
+
+    def reaches(self, rule: str, step: Step) -> bool:
+        """Whether a rule gets at least so far."""
+        reached = self.rules.get(rule, "")
+        return reached in STEPS and STEPS.index(reached) >= STEPS.index(step)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,6 +18,9 @@ from peftc.survey.record import Record
 MEMORY = 12 * 2**30
 """Address space of one measurement, bytes: torch alone maps about four gigabytes."""
 
+FEW = 3
+"""So many families are measured sooner than the server is warm."""
+
 
 def every_family() -> list[str]:
     """The model types for which transformers has a model."""
@@ -28,8 +31,9 @@ def every_family() -> list[str]:
 
 def sweep(families: Iterable[str], *, seconds: int = 90, numbers: bool = True, onnx: bool = False) -> Iterator[Record]:
     """Measure each in turn. One that ends early has what it knew until then, and the reason."""
+    families = list(families)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peftc.survey.measure"])
+    context.set_forkserver_preload(["peftc.survey.warm" if len(families) > FEW else "peftc.survey.measure"])
     for family in families:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(sender, family, numbers, onnx), daemon=True)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from peftc.diagnostics import did_you_mean, fail
+from peftc.survey.causes import cause, told
 from peftc.survey.record import RULES, Record
+from peftc.survey.totals import lines, totals
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +31,15 @@ class FamilyTable:
     records: dict[str, Record]
 
     def to_json(self) -> dict[str, Any]:
+        """As it is kept in a file."""
         return {"versions": self.versions, "families": [record.to_json() for record in self.records.values()]}
+
+    def shown(self) -> dict[str, Any]:
+        """As it is printed: with the totals, and each reason under its cause."""
+        document = self.to_json()
+        for entry in document["families"]:
+            entry["causes"] = [cause(reason) for reason in entry["reasons"]]
+        return {**document, "totals": totals(self.records.values()).to_json()}
 
     @staticmethod
     def from_json(document: dict[str, Any]) -> FamilyTable:
@@ -59,21 +69,20 @@ def measured_anew(families: Sequence[str], *, seconds: int = 300) -> FamilyTable
 
 
 def render(console: Console, shown: FamilyTable) -> None:
-    """A line for each family, then the sums."""
+    """A line for each family, then the totals."""
     from rich.markup import escape
     from rich.table import Table
 
     if not console.is_terminal:
         console.width = 1000  # cuts no line
-    lines = Table(box=None, pad_edge=False)
+    rows = Table(box=None, pad_edge=False)
     for column in ("family", "built", "traced", "attention", "ffn", *RULES, "reason"):
-        lines.add_column(
-            column, style="bold" if column == "family" else "", no_wrap=column != "reason", overflow="fold"
-        )
+        rows.add_column(column, style="bold" if column == "family" else "", no_wrap=column != "reason", overflow="fold")
     for record in shown.records.values():
-        lines.add_row(*(escape(cell) for cell in _cells(record)))
-    console.print(lines)
-    console.print("; ".join(f"{what}: {count}" for what, count in sums(shown.records.values()).items()))
+        rows.add_row(*(escape(cell) for cell in _cells(record)))
+    console.print(rows)
+    for line in lines(totals(shown.records.values())):
+        console.print(escape(line))
     console.print("measured with " + ", ".join(f"{name} {number}" for name, number in shown.versions.items()))
 
 
@@ -81,27 +90,8 @@ def _cells(record: Record) -> list[str]:
     counts = [_count(record, kind) for kind in ("attention", "ffn")]
     rules = [record.rules.get(rule, "-") for rule in RULES]
     yes = ["yes" if answer else "no" for answer in (record.built, record.traced)]
-    return [record.family, *yes, *counts, *rules, "; ".join(record.reasons)]
+    return [record.family, *yes, *counts, *rules, "; ".join(map(told, record.reasons))]
 
 
 def _count(record: Record, kind: str) -> str:
     return f"{record.found[kind]}/{record.expected[kind]}" if record.traced else "-"
-
-
-def sums(records: Iterable[Record]) -> dict[str, int]:
-    """How many families get how far; `right` counts those that have such blocks."""
-    rows = list(records)
-    traced = [record for record in rows if record.traced]
-    found = {
-        "families": len(rows),
-        "built": sum(record.built for record in rows),
-        "traced": len(traced),
-    }
-    for kind in ("attention", "ffn"):
-        having = [record for record in traced if record.expected[kind]]
-        found[f"with {kind}"] = len(having)
-        found[f"{kind} right"] = sum(record.right(kind) for record in having)
-    for rule in RULES:
-        found[f"{rule} learns"] = sum(record.rules.get(rule) in ("learns", "onnx") for record in traced)
-    found["onnx equal"] = sum("onnx" in record.rules.values() for record in traced)
-    return found

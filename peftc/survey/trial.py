@@ -34,7 +34,7 @@ class Trial:
 
     def __init__(self, skeleton: Skeleton, specs: Mapping[str, InputSpec], program: Program) -> None:
         self.skeleton, self.specs, self.program = skeleton, specs, program
-        self.state = random_state(skeleton)
+        self.state = random_state(skeleton, program)
         self.batches = [dict(tensors) for _, tensors in random_batches(specs, VOCABULARY)][1:]
         self.base = [self._run(program, self.state, inputs) for inputs in self.batches]
         if not any(tensor.numel() and tensor.isfinite().all() for tensor in self.base[0]):

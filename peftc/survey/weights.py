@@ -1,4 +1,7 @@
-"""Random weights for a skeleton: noise for matrices, near 1 for the scale of a norm; tied names share a tensor."""
+"""Random weights for a skeleton: noise for matrices, near 1 for the scale of a norm; tied names share a tensor.
+
+What no node of the graph reads, such as a tower for images in a call with text, is zeros that take no memory.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,25 @@ import torch
 
 if TYPE_CHECKING:
     from peftc.frontend.trace import Skeleton
+    from peftc.ir.program import Program
 
 
-def random_state(skeleton: Skeleton, *, seed: int = 1) -> dict[str, torch.Tensor]:
+def read(program: Program) -> set[str]:
+    """The parameters that the graph reads, their tied names too."""
+    names = {name for name, node in program.placeholders("parameter").items() if node.users}
+    return names | {name for name, first in program.tied.items() if first in names}
+
+
+def random_state(skeleton: Skeleton, program: Program, *, seed: int = 1) -> dict[str, torch.Tensor]:
     """Parameters and buffers by name, in float32."""
+    wanted = read(program)
     generator = torch.Generator().manual_seed(seed)
     made: dict[int, torch.Tensor] = {}
     state = dict(skeleton.buffers)
     for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+        if name not in wanted:
+            state[name] = torch.zeros(()).expand(parameter.shape)
+            continue
         if id(parameter) not in made:
             noise = torch.randn(parameter.shape, generator=generator)
             scale = parameter.dim() == 1 and name.endswith("weight")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import transformers
 from typer.testing import CliRunner
 
 from peftc.cli import app
+from peftc.survey.causes import cause
 from peftc.survey.measure import measure
 from peftc.survey.record import Record
 from peftc.survey.shrink import Attempt, attempts, default_config, shrink
 from peftc.survey.sweep import every_family, sweep
-from peftc.survey.table import sums, table
+from peftc.survey.table import table
+from peftc.survey.totals import Part, lines, sums, totals
 
 
 def test_a_config_is_cut_to_the_first_layer_of_each_type() -> None:
@@ -56,7 +59,42 @@ def test_families_prints_the_table_and_its_sums() -> None:
     shown = CliRunner().invoke(app, ["families", "--json"])
     assert len(json.loads(shown.stdout)["families"]) == len(table().records)
     text = CliRunner().invoke(app, ["families"]).stdout
-    assert all(f"{what}: {count}" in text for what, count in sums(table().records.values()).items())
+    assert all(line in text for line in lines(totals(table().records.values())))
+
+
+def _row(**changes: object) -> Record:
+    both = {"attention": 2, "ffn": 2}
+    given = {"built": True, "traced": True, "expected": both, "found": both, "full": True, "rules": {"mam": "onnx"}}
+    return Record("any", **{**given, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def test_the_aim_counts_families_with_both_kinds_that_are_right_and_equal_in_onnx() -> None:
+    rows = [
+        _row(),
+        _row(found={"attention": 1, "ffn": 2}, reasons=["attention: 1 of 2 found"]),
+        _row(rules={"mam": "learns"}, reasons=["mam after `learns`: ConversionError: no such op"]),
+        _row(expected={"attention": 2, "ffn": 0}, found={"attention": 2, "ffn": 0}),
+        _row(full=False, rules={}),
+        _row(traced=False, reasons=["does not build: ImportError: X requires the timm library"]),
+    ]
+    found = totals(rows)
+    assert found.aim == Part(1, 3)
+    assert found.sites == {"attention": Part(4, 5), "ffn": Part(4, 4), "both": Part(3, 4)}
+    assert found.rules["mam"] == {
+        "applies": Part(3, 3), "identity": Part(3, 3), "learns": Part(3, 3), "onnx": Part(2, 3),
+    }  # fmt: skip
+    assert found.causes["needs a package that is not installed"] == 1
+    assert any("1 of 3 (33.3%); the aim is 90%" in line for line in lines(found))
+
+
+def test_the_readme_states_what_the_table_says() -> None:
+    stated = "\n".join(sums(totals(table().records.values())))
+    assert stated in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_reason_of_the_shipped_table_has_a_cause_in_words() -> None:
+    reasons = {reason for record in table().records.values() for reason in record.reasons}
+    assert [reason for reason in reasons if cause(reason) == "another reason"] == []
 
 
 def test_an_unknown_model_type_is_told_with_the_nearest() -> None:
