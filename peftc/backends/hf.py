@@ -250,5 +250,6 @@ def _refuse_converted(converted: Mapping[str, Any], touched: set[str]) -> None:
         fail(
             "E037",
             f"{blocked[0]} is not stored as such in the checkpoint: it is {converted[blocked[0]].reason}",
-            help="use `--export onnx`, or save the base once with this transformers and merge into that",
+            help="use `--export onnx`, or merge into a base that is stored as transformers holds it: "
+            "model.save_pretrained(DIR, save_original_format=False)",
         )
