@@ -27,7 +27,7 @@ SPOILED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "config of nothing": ("E030", lambda base: (base / "config.json").write_text("{}"), "names no model_type"),
     "unknown model type": ("E032", lambda base: edit_config(base, model_type="brt"), "did you mean `bert`?"),
     "unknown class": ("E032", lambda base: edit_config(base, architectures=["Bort"]), "no architecture `Bort`"),
-    "quantized": ("E030", lambda base: edit_config(base, quantization_config={"quant_method": "gptq"}), "quantized"),
+    "quantized": ("E055", lambda base: edit_config(base, quantization_config={"quant_method": "gptq"}), "quantized"),
     "pickled weights": (
         "E030",
         lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),

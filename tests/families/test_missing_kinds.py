@@ -62,7 +62,7 @@ def test_a_model_without_attention_and_ffn_says_what_it_has() -> None:
     )
 
 
-MAMBA = "7 linear (x, out, weight), 1 embedding (out, weight), 3 norm (x, out, weight), 2 block"
+MAMBA = "9 linear (x, out, weight), 1 embedding (out, weight), 3 norm (x, out, weight), 2 block"
 
 
 def test_what_the_model_has_is_counted_as_its_modules_are() -> None:
@@ -71,8 +71,7 @@ def test_what_the_model_has_is_counted_as_its_modules_are() -> None:
             transformers.MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4)
         )
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    kernels = 2  # the out_proj of each mixer is read by a fused kernel where there is one, and called here
-    assert len(linears) == 1 + 2 * 4 and len(linears) - kernels == 7
+    assert f"{len(linears)} linear" in MAMBA
 
 
 def test_rules_with_the_form_of_the_refused_one_come_first() -> None:
@@ -100,7 +99,7 @@ def test_a_form_that_is_said_to_fit_a_linear_layer_does() -> None:
     rule = parse_rule(
         "peftc: 1\nname: t\nhyper: {r: 2}\ndeltas: {a: {at: linear, modify: out, form: bottleneck}}\n", "t"
     )
-    assert len(rewrite(copied(mamba()), rule).edits) == 7
+    assert len(rewrite(copied(mamba()), rule).edits) == 9
 
 
 def test_a_rule_that_waits_for_a_stored_delta_is_not_offered() -> None:

@@ -133,7 +133,8 @@ def _subject(name: str) -> tuple[Program, dict[str, Tensor], dict[str, Tensor], 
     skeleton = build_skeleton(cls, config, _dtype(name))
     specs = default_inputs(skeleton.model)
     program = analyse(skeleton, specs)
-    state = {n: v.to(_dtype(name)) if v.is_floating_point() else v for n, v in random_state(skeleton).items()}
+    drawn = random_state(skeleton, program)
+    state = {n: v.to(_dtype(name)) if v.is_floating_point() else v for n, v in drawn.items()}
     model = cls(config).to(_dtype(name)).eval()
     model.load_state_dict({n: v for n, v in state.items() if n in model.state_dict()}, strict=True)
     inputs = dict(random_batches(specs, 19)[1][1])

@@ -115,7 +115,7 @@ def located(name: str) -> tuple[Program, dict[str, Tensor], dict[str, Tensor]]:
     inputs = dict(random_batches(specs, 19)[1][1])
     if name == "zamba":  # the slow path of its mixer is traced for one length, step by step
         inputs = {key: value[:, :11] for key, value in inputs.items()}
-    return program, random_state(skeleton), inputs
+    return program, random_state(skeleton, program), inputs
 
 
 def of_kind(name: str, kind: str) -> list[Site]:
