@@ -27,6 +27,8 @@ TARGET = Path(__file__).parents[1] / "peftc" / "survey" / FILE
 README = Path(__file__).parents[1] / "README.md"
 SECONDS = 400
 """On a machine that does other things besides."""
+_PLACE = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)*(?:site-packages/|tmp\w+/)")
+"""Where on this machine a file lies: no one else's concern."""
 
 
 def write(records: dict[str, Record]) -> None:
@@ -36,6 +38,7 @@ def write(records: dict[str, Record]) -> None:
     document = FamilyTable(versions, ordered).to_json()
     for entry in document["families"]:
         entry.pop("seconds")
+        entry["reasons"] = [_PLACE.sub("", reason) for reason in entry["reasons"]]
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in document["families"])
     head = json.dumps(document["versions"])
     state_in_readme(records)
