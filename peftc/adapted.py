@@ -18,6 +18,7 @@ from peftc.frontend.trace import InputSpec, Skeleton, build_skeleton
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.api import check_fingerprint, load, new_parameters
 from peftc.runtime.delta_dir import DeltaDir, check_names
+from peftc.runtime.quantized import refuse_merge
 from peftc.runtime.unfolded import Unfolded
 from peftc.store.heads import resolve
 from peftc.store.model_dir import ModelDir
@@ -42,8 +43,9 @@ class Adapted:
 
     @staticmethod
     def open(directory: Path, base: str | Path | None) -> Adapted:
-        """Open a delta directory and its base. Raises `PeftcError` E030 to E035."""
+        """Open a delta directory and its base. Raises `PeftcError` E030 to E035, E055."""
         delta = DeltaDir.open(directory)
+        refuse_merge(delta)
         source = ModelDir.open(delta.base_dir(base))
         source.refuse_adapted()
         source.require_weights()

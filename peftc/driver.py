@@ -16,7 +16,6 @@ from peftc.reports import ApplyReport, MergeReport, PlanReport, ScheduleReport, 
 if TYPE_CHECKING:
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
-    from peftc.merge import Options
     from peftc.store.model_dir import ModelDir
     from peftc.verify import VerifyReport
 
@@ -120,12 +119,13 @@ def merge(
     `precision` is what folds are computed in, `max_shard` the largest shard in bytes (default: the base's own shards),
     `texts` what the outputs are compared on beside random inputs; without `outputs` only tensors are certified.
     """
-    from peftc.merge import merge as run
-    from peftc.runtime.delta_dir import DeltaDir
-    from peftc.runtime.quantized import refuse_merge
+    import torch
 
-    refuse_merge(DeltaDir.open(directory))
-    options = _options(export, precision, max_shard, outputs, texts, allow_unchanged)
+    from peftc.merge import Options
+    from peftc.merge import merge as run
+
+    dtype: torch.dtype = getattr(torch, precision)
+    options = Options(frozenset(export or {"hf"}), dtype, max_shard, outputs, tuple(texts), allow_unchanged)
     return run(Path(directory), Path(out), base=base, progress=progress or NullProgress(), options=options)
 
 
@@ -137,13 +137,9 @@ def merge_schedule(
     progress: Progress | None = None,
 ) -> ScheduleReport:
     """What `merge` would write, shard by shard; nothing is."""
-    from peftc.merge import schedule
-    from peftc.runtime.delta_dir import DeltaDir
-    from peftc.runtime.quantized import refuse_merge
+    from peftc.merge import Options, schedule
 
-    refuse_merge(DeltaDir.open(directory))
-    options = _options(None, "float32", max_shard, True, (), False)
-    return schedule(Path(directory), base, progress or NullProgress(), options)
+    return schedule(Path(directory), base, progress or NullProgress(), Options(max_shard=max_shard))
 
 
 def verify(directory: str | Path, base: str | Path | None = None, progress: Progress | None = None) -> VerifyReport:
@@ -151,22 +147,6 @@ def verify(directory: str | Path, base: str | Path | None = None, progress: Prog
     from peftc.verify import verify as run
 
     return run(Path(directory), base, progress or NullProgress())
-
-
-def _options(
-    export: set[str] | None,
-    precision: str,
-    max_shard: int | None,
-    outputs: bool,
-    texts: Sequence[str],
-    allow_unchanged: bool,
-) -> Options:
-    import torch
-
-    from peftc.merge import Options
-
-    dtype: torch.dtype = getattr(torch, precision)
-    return Options(frozenset(export or {"hf"}), dtype, max_shard, outputs, tuple(texts), allow_unchanged)
 
 
 def _program(

@@ -126,7 +126,8 @@ def read_texts(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail("E014", f"--verify-with {path}: cannot be read: {error}", help="give a text file in UTF-8, a text a line")
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        fail("E014", f"--verify-with {path}: cannot be read: {cause}", help="give a text file in UTF-8, a text a line")
     lines = tuple(line for line in text.splitlines() if line.strip())
     if not lines:
         fail("E014", f"--verify-with {path}: there is no text in it", help="write a text a line")

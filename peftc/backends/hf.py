@@ -68,26 +68,10 @@ class Checkpoint:
         if not known:
             return "no tensor of the base was changed in place"
         worst = max(known, key=lambda change: change.rounding / change.change)
+        if worst.rounding == 0:
+            return f"changes are stored as they were computed, in {worst.dtype}"
         share = 100 * worst.rounding / worst.change
         return f"rounding to {worst.dtype}: at most {share:.2g} % of a tensor's change, at {worst.name}"
-
-
-def emit(
-    directory: Path,
-    *,
-    source: ModelDir,
-    skeleton: Skeleton,
-    program: Program,
-    decisions: list[Decision],
-    folded: FoldedState,
-    trained: Collection[str] = (),
-    progress: Callable[[int, int], None] | None = None,
-) -> Checkpoint:
-    """Plan and write in one go; see `plan_checkpoint`."""
-    plan = plan_checkpoint(
-        source=source, skeleton=skeleton, program=program, decisions=decisions, folded=folded, trained=trained
-    )
-    return plan.write(directory, progress)
 
 
 def plan_checkpoint(
@@ -112,13 +96,13 @@ def plan_checkpoint(
     _refuse_converted(names.converted, touched)
     tensors = _Tensors(source, names, folded, frozenset(trained), padding, touched)
     pieces = {key: tensors.piece(key) for key in source.tensors if key not in names.mismatched}
-    added = [Piece(spec) for spec in tensors.added()]
+    added = [Piece(tensors.head(state)) for state in (*names.missing, *names.mismatched)]
     if max_shard is None:
         shards = same_layout(source.headers, pieces, added)
     else:
         metadata = dict(source.headers[0].metadata) or {"format": "pt"}
         shards = resharded([*pieces.values(), *added], max_shard, metadata)
-    return CheckpointPlan(source, shards, config, tensors)
+    return CheckpointPlan(source, shards, config, tensors, len(added))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +113,8 @@ class CheckpointPlan:
     shards: list[Shard]
     config: PreTrainedConfig
     tensors: _Tensors
+    added: int
+    """How many tensors the base does not hold."""
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +135,8 @@ class CheckpointPlan:
             write_shards(directory, self.shards, self._produce(changes.append), progress)
         produced = [piece for shard in self.shards for piece in shard.pieces]
         copied = sum(piece.source is not None for piece in produced)
-        added = len(list(self.tensors.added()))
-        return Checkpoint(len(produced) - copied - added, copied, added, self.config, tuple(changes))
+        changed = len(produced) - copied - self.added
+        return Checkpoint(changed, copied, self.added, self.config, tuple(changes))
 
     def _produce(self, done: Callable[[TensorChange], None]) -> Produce:
         return lambda spec, worker: self.tensors.blocks(spec, worker, done)
@@ -206,18 +192,18 @@ class _Tensors:
         shape = self.padding[state].shape(shape) if state in self.padding else shape
         return Piece(TensorSpec(key, info.dtype, shape))
 
-    def added(self) -> Iterator[TensorSpec]:
-        """Tensors of a head that the base does not store, or stores in another shape, by state-dict name."""
-        for state in (*self.names.missing, *self.names.mismatched):
-            value = self._exact(state)
-            yield TensorSpec(state, dtype_code(self._head_dtype(state)), tuple(value.shape))
+    def head(self, state: str) -> TensorSpec:
+        """A tensor of a head that the base does not store, or stores in another shape, by its state-dict name."""
+        tensor = self.folded.unfolded(state)
+        shape = self.folded.shape(state, tuple(tensor.shape))
+        return TensorSpec(state, dtype_code(tensor.dtype), shape)
 
     def blocks(self, spec: TensorSpec, worker: Worker, done: Callable[[TensorChange], None]) -> Iterator[memoryview]:
         """The bytes of a tensor that is not copied."""
         key = spec.name
         state = self.changed.get(key)
         if state is None:
-            return whole(None, key, self._exact(key), self._head_dtype(key), done)
+            return whole(None, key, self._exact(key), torch_dtype(spec.dtype), done)
         header = self.source.tensors[key][0]
         if self._goes_by_rows(key, state):
             return by_rows(header, key, self.folded, state, worker, done)
@@ -239,9 +225,6 @@ class _Tensors:
     def _exact(self, state: str) -> torch.Tensor:
         tensor = self.folded.exact(state)
         return self.padding[state].apply(tensor) if state in self.padding else tensor
-
-    def _head_dtype(self, state: str) -> torch.dtype:
-        return self.folded.stored_dtype(state)
 
 
 def _refuse_converted(converted: Mapping[str, Any], touched: set[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,11 +59,8 @@ class WidenUpdate:
             joined = self._longer(role, weight, 0, read)
         return joined.t() if linear.transposed else joined
 
-    def by_rows(self, name: str) -> bool:
-        return False
-
-    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> Callable[[int, torch.Tensor], None]:
-        raise NotImplementedError("a widened tensor grows, and is made whole")
+    def by_rows(self, name: str) -> None:
+        """A widened tensor grows, and is made whole."""
 
     def _owner(self, name: str) -> tuple[str, Linear]:
         return next((r, li) for r, li in self._linears.items() if name in (li.weight_name, li.bias_name))

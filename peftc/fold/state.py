@@ -52,13 +52,13 @@ class FoldedState:
         """The folded tensor, not rounded yet."""
         return self._before(name, None)[0]
 
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype of the unfolded tensor."""
-        return self._read(name).dtype
+    def unfolded(self, name: str) -> torch.Tensor:
+        """The tensor as it is before any update."""
+        return self._read(name)
 
     def by_rows(self, name: str) -> bool:
         """Whether `row_update` may be used."""
-        return all(update.by_rows(name) for _, update in self._updates.get(name, ()))
+        return all(update.by_rows(name) is not None for _, update in self._updates.get(name, ()))
 
     def row_update(self, name: str, stored: torch.dtype) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """A function from blocks of stored rows to the same rows folded, not rounded yet.
@@ -66,7 +66,8 @@ class FoldedState:
         Its first argument is the number of the first row; what the updates need is computed here, once.
         """
         dtype = self._precision_for(stored)
-        steps = [u.row_update(name, self._reader(index), dtype) for index, u in self._updates.get(name, ())]
+        prepared = [(update.by_rows(name), self._reader(index)) for index, update in self._updates.get(name, ())]
+        steps = [prepare(read, dtype) for prepare, read in prepared if prepare is not None]
 
         def folded(first: int, rows: torch.Tensor) -> torch.Tensor:
             value = rows.to(dtype, copy=True)

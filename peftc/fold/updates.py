@@ -33,6 +33,10 @@ RowUpdate = Callable[[int, torch.Tensor], None]
 """Changes a block of rows in place; the first argument is the number of the first of them."""
 
 
+Prepare = Callable[[Read, torch.dtype], RowUpdate]
+"""Reads what a row update needs, once, in the dtype that it computes in."""
+
+
 class Update(Protocol):
     """A change of some tensors, by state-dict name; `read` gives tensors as they are when the update's turn comes."""
 
@@ -40,11 +44,9 @@ class Update(Protocol):
     def touches(self) -> tuple[str, ...]: ...
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]: ...
     def apply(self, name: str, tensor: torch.Tensor, read: Read) -> torch.Tensor: ...
-    def by_rows(self, name: str) -> bool:
-        """Whether a row of the result depends on this row of the tensor alone, so that there is a `row_update`."""
+    def by_rows(self, name: str) -> Prepare | None:
+        """What makes the update of blocks of rows, where a row of the result depends on that row alone."""
         ...
-
-    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> RowUpdate: ...
 
 
 def updates_for(program: Program, decisions: Iterable[Decision]) -> list[Update]:
@@ -158,8 +160,9 @@ class OutputUpdate(_AtLinear):
         if name == self.linear.bias_name:
             result[rows] = self._of_h(tensor[rows][None], read)[0] + self._offset(read, tensor.dtype)[0]
             return result
-        if self.by_rows(name):
-            self.row_update(name, read, tensor.dtype)(0, result)
+        prepare = self.by_rows(name)
+        if prepare is not None:
+            prepare(read, tensor.dtype)(0, result)
             return result
         weight = _canonical(self.linear, result)
         part = self._of_h(weight[rows].t(), read).t()
@@ -170,10 +173,12 @@ class OutputUpdate(_AtLinear):
         weight[rows] = part
         return result
 
-    def by_rows(self, name: str) -> bool:
-        return name == self.linear.weight_name and self.decision.unit and self._narrow() is not None
+    def by_rows(self, name: str) -> Prepare | None:
+        if name != self.linear.weight_name or not self.decision.unit or self._narrow() is None:
+            return None
+        return self._prepare
 
-    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> RowUpdate:
+    def _prepare(self, read: Read, dtype: torch.dtype) -> RowUpdate:
         left, right = self._factors(read, dtype)
         mine, width = self.reach.rows(self.decision.insertion, self.linear), right.shape[1]
 
@@ -217,13 +222,13 @@ class InputUpdate(_AtLinear):
             weight = _canonical(self.linear, read(self.linear.weight_name).to(tensor.dtype))[:, :width]
             return tensor + weight @ self._offset(read, tensor.dtype)[0]
         result = tensor.clone()
-        self.row_update(name, read, tensor.dtype)(0, _canonical(self.linear, result))
+        self._prepare(read, tensor.dtype)(0, _canonical(self.linear, result))
         return result
 
-    def by_rows(self, name: str) -> bool:
-        return name == self.linear.weight_name and not self.linear.transposed
+    def by_rows(self, name: str) -> Prepare | None:
+        return self._prepare if name == self.linear.weight_name and not self.linear.transposed else None
 
-    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> RowUpdate:
+    def _prepare(self, read: Read, dtype: torch.dtype) -> RowUpdate:
         insertion, width, zeros = self.decision.insertion, self.linear.d_in, self._zeros(dtype)
 
         def update(_: int, block: torch.Tensor) -> None:
@@ -257,8 +262,5 @@ class ParameterUpdate:
         value = evaluate(self.program, insertion.after, {insertion.before: h}, read, tensor.dtype)
         return value.transpose(-2, -1) if transposed else value
 
-    def by_rows(self, name: str) -> bool:
-        return False
-
-    def row_update(self, name: str, read: Read, dtype: torch.dtype) -> RowUpdate:
-        raise NotImplementedError("a parameter is evaluated whole")
+    def by_rows(self, name: str) -> None:
+        """A parameter is evaluated whole."""

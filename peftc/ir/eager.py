@@ -14,7 +14,7 @@ from torch import fx
 
 from peftc.ir.attention import head_rows, over_batch
 from peftc.ir.builder import Builder
-from peftc.ir.program import is_call, shape_of
+from peftc.ir.program import is_call, operand, shape_of
 
 aten = torch.ops.aten
 
@@ -126,7 +126,7 @@ class EagerRegion:
             sizes = node.args[1] if len(node.args) > 1 else None
             if isinstance(sizes, (list, tuple)) and is_call(node, *_SIZED) and sizes[-1] != -1:
                 node.update_arg(1, [*sizes[:-1], builder.size(longer, -1)])
-            node = _node(node.args[0])
+            node = operand(node, 0)
 
     def _longer_values(self, builder: Builder, values: fx.Node) -> fx.Node:
         base = self.values

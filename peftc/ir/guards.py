@@ -53,8 +53,8 @@ def guards_of(program: Program, axes: Mapping[str, tuple[str | int, ...]]) -> Gu
                     named[size.node.expr] = axis
     shapes: Any = program.fake_mode.shape_env
     equal = [guard.expr for guard in shapes.guards if isinstance(guard.expr, sympy.Eq)] if shapes is not None else []
-    pairs = [sorted((one.lhs, one.rhs), key=lambda side: side in named) for one in equal if _of_symbols(one)]
-    same = dict(pairs)  # the one that an input has stays
+    pairs: list[Any] = [sorted((one.lhs, one.rhs), key=lambda side: side in named) for one in equal if _of_symbols(one)]
+    same: Any = dict(pairs)  # the one that an input has stays
     found = {one.subs(same) for one in equal if one.rhs.is_Integer}
     kept = [one for one in found if one.free_symbols and one.free_symbols <= named.keys()]
     return Guards(tuple(kept), named) if kept else None

@@ -93,13 +93,13 @@ def _of_einsum(program: Program, node: fx.Node, batch: set[str]) -> Projection |
         return None
     in_front = str(shape_of(x)[first.index(rows[0])]) in batch
     names = dict(zip(rows, "bs" if in_front else "sb", strict=True))
-    layouts = [_LAYOUTS.get(_named(side, names)) for side in (first, result)]
-    if layouts[0] is None or layouts[1] is None:
+    before, after = _LAYOUTS.get(_named(first, names)), _LAYOUTS.get(_named(result, names))
+    if before is None or after is None:
         return None
     width = 1
     for letter in first:
         width *= 1 if letter in rows else int(shape_of(x)[first.index(letter)])
-    return Projection(node, x, width, name, layouts[0], layouts[1])
+    return Projection(node, x, width, name, before, after)
 
 
 def _named(side: str, rows: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,9 @@ def fitting(
             return program
         sizes = sizes_of(specs, tensors)
         wrong = {axis: sizes[axis] for axis, size in program.fixed.items() if sizes.get(axis, size) != size}
-        if program.guards is not None:
-            wrong |= {axis: sizes[axis] for axis in program.guards.broken(sizes)}
+        guards: Any = program.guards  # the decorator hides the signature
+        if guards is not None:
+            wrong |= {axis: sizes[axis] for axis in guards.broken(sizes)}
         if not wrong:
             return program
         axes = " and ".join(sorted(wrong))

@@ -45,7 +45,8 @@ class JointSurgery(Surgery):
             check_same(own, plan)
             plans[name] = _parked(plan, state)
         trained = {name: {key: state.boxed(key) for key in state.trained} for name, state in self.members.items()}
-        run(program, [Mix(plans, trained), Freeze(self.plan)])
+        steps: list[Any] = [Mix(plans, trained), Freeze(self.plan)]
+        run(program, steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -46,6 +47,10 @@ def check_form(form: str | None, recorded: Any = None) -> str:
         form = recorded["form"] if isinstance(recorded, dict) else OFF
     if form not in (*quantization.FORMS, OFF):
         fail("E055", f"there is no quantized form `{form}`", help=did_you_mean(str(form), (*quantization.FORMS, OFF)))
+    if form == OFF and isinstance(recorded, dict):
+        trained_on = f"{recorded['form']} weights, {100 * float(recorded['drift']):.2g} % from those of the base"
+        message = f"these deltas were trained on {trained_on}, which they are loaded on now; saving them forgets that"
+        warnings.warn(message, stacklevel=3)
     return form
 
 
@@ -131,6 +136,7 @@ def save_dequantized(model: Any, base: Path, deltas: Path) -> None:
     """
     from peftc.runtime.api import base_reference
     from peftc.runtime.save import save_model, values_to_save
+    from peftc.store.atomic import atomic_directory
     from peftc.store.keys import key_map
     from peftc.store.model_dir import CONFIG, WEIGHTS, ModelDir
     from peftc.store.safetensors_io import TensorSpec, dtype_code, write
@@ -154,7 +160,11 @@ def save_dequantized(model: Any, base: Path, deltas: Path) -> None:
     def produce(name: str) -> torch.Tensor:
         return whole(model, rounded[name]).cpu() if name in rounded else source.read(name)
 
-    _write_base(source, Path(base), entries, produce, write, WEIGHTS, CONFIG, str(model.dtype).removeprefix("torch."))
+    with atomic_directory(base, replace=False) as fresh:
+        source.copy_support_files(fresh)
+        config = {**source.config, "dtype": str(model.dtype).removeprefix("torch.")}
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write(fresh / WEIGHTS, entries, produce, {"format": "pt"})
     given = surgery.provenance
     reference = base_reference(ModelDir.open(base), given["head"], given["num_labels"], given["seed"])
     values = values_to_save(model, None)
@@ -163,17 +173,6 @@ def save_dequantized(model: Any, base: Path, deltas: Path) -> None:
         save_model(model, Path(deltas), values)
     finally:
         model._surgery = surgery
-
-
-def _write_base(
-    source: Any, base: Path, entries: Any, produce: Any, write: Any, weights: str, config: str, dtype: str
-) -> None:
-    from peftc.store.atomic import atomic_directory
-
-    with atomic_directory(base, replace=False) as fresh:
-        source.copy_support_files(fresh)
-        (fresh / config).write_text(json.dumps({**source.config, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-        write(fresh / weights, entries, produce, {"format": "pt"})
 
 
 def whole(model: Any, name: str) -> torch.Tensor:

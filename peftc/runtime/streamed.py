@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from peftc.ir.program import Program, is_call
+from peftc.ir.program import Program, is_call, operand
 from peftc.passes.set_mode import SetMode
 from peftc.runtime.executor import move_to
 
@@ -43,7 +43,7 @@ class StreamedRun:
         self._bindings = {mapping[node]: binding for node, binding in program.bindings.items()}
         self._constants, self._stored, self._dtype = program.constants, stored, dtype
         self._nodes = list(graph.nodes)
-        self._last = {operand: node for node in self._nodes for operand in node.all_input_nodes}
+        self._last = {read: node for node in self._nodes for read in node.all_input_nodes}
 
     def __call__(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> list[list[torch.Tensor]]:
         """The tensors that the graph returns, for each batch."""
@@ -59,9 +59,9 @@ class StreamedRun:
                         values[node] = [batch[binding.name] for batch in batches]
                     continue
                 values[node] = self._compute(node, values, len(batches))
-                for operand in node.all_input_nodes:
-                    if self._last[operand] is node:
-                        values.pop(operand, None)
+                for read in node.all_input_nodes:
+                    if self._last[read] is node:
+                        values.pop(read, None)
         raise AssertionError("a graph without an output")
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, list[Any]], count: int) -> list[Any]:
@@ -69,9 +69,9 @@ class StreamedRun:
         for name, weight_at in (("linear", 1), ("embedding", 0)):
             if is_call(node, getattr(aten, name).default) and self._is_large(node.args[weight_at], values):
                 return by_rows[name](node, values, count)
-        for operand in node.all_input_nodes:
-            if operand not in values:
-                values[operand] = [self._parameter(operand)] * count
+        for read in node.all_input_nodes:
+            if read not in values:
+                values[read] = [self._parameter(read)] * count
         target: Any = node.target
         filled = [_filled((node.args, node.kwargs), values, i) for i in range(count)]
         return [target(*args, **kwargs) for args, kwargs in filled]
@@ -90,8 +90,7 @@ class StreamedRun:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def _linear(self, node: fx.Node, values: dict[fx.Node, list[Any]], count: int) -> list[Any]:
-        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-        assert isinstance(weight, fx.Node)
+        weight, bias = operand(node, 1), (*node.args, None)[2]
         name, (rows, width) = self._bindings[weight].name, weight.meta["val"].shape
         xs = [_filled(node.args[0], values, i) for i in range(count)]
         step = max(1, _BLOCK // int(width))
@@ -103,12 +102,11 @@ class StreamedRun:
         results = [torch.cat(own, -1) for own in parts]
         if not isinstance(bias, fx.Node):
             return results
-        offset = values[bias] if bias in values else [self._parameter(bias)] * count
+        offset: list[Any] = values[bias] if bias in values else [self._parameter(bias)] * count
         return [result.add_(own) for result, own in zip(results, offset, strict=True)]
 
     def _embedding(self, node: fx.Node, values: dict[fx.Node, list[Any]], count: int) -> list[Any]:
-        weight = node.args[0]
-        assert isinstance(weight, fx.Node)
+        weight = operand(node, 0)
         name, results = self._bindings[weight].name, []
         for i in range(count):
             ids = _filled(node.args[1], values, i)
@@ -119,4 +117,4 @@ class StreamedRun:
 
 
 def _filled(argument: Any, values: Mapping[fx.Node, list[Any]], index: int) -> Any:
-    return fx.map_arg(argument, lambda operand: values[operand][index])
+    return fx.map_arg(argument, lambda node: values[node][index])

@@ -8,6 +8,7 @@ A shard whose tensors keep their dtypes and shapes keeps its header and the orde
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -94,20 +95,15 @@ def write_shards(directory: Path, shards: Sequence[Shard], produce: Produce, pro
     (the disk is full, and the like), and what `produce` raises.
     """
     total, done = sum(shard.nbytes for shard in shards), 0
-    with Worker() as flusher, Worker() as worker:
+    with contextlib.ExitStack() as files, Worker() as flusher, Worker() as worker:
         for shard in shards:
-            file = (directory / shard.file).open("wb", buffering=0)
-            try:
-                worker.do(_write_all, file, _header(shard))
-                for size in _write_pieces(file, shard, produce, worker):
-                    done += size
-                    if progress is not None:
-                        progress(done, total)
-            except BaseException:
-                worker.cancel()
-                file.close()
-                raise
-            worker.do(flusher.do, _close, file)
+            file = files.enter_context((directory / shard.file).open("wb", buffering=0))
+            worker.do(_write_all, file, _header(shard))
+            for size in _write_pieces(file, shard, produce, worker):
+                done += size
+                if progress is not None:
+                    progress(done, total)
+            worker.do(flusher.do, _flush_and_close, file)
     if len(shards) > 1:
         _write_index(directory, shards)
 
@@ -185,7 +181,7 @@ def _write_all(file: IO[bytes], block: Block) -> None:
         view = view[file.write(view[:_STEP]) :]
 
 
-def _close(file: IO[bytes]) -> None:
+def _flush_and_close(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
     file.close()
 

@@ -34,11 +34,6 @@ class Worker:
         while self._waiting:
             self._waiting.popleft().result()
 
-    def cancel(self) -> None:
-        """Drop what has not begun, and wait for what has; errors of either are lost."""
-        self._pool.shutdown(cancel_futures=True)
-        self._waiting.clear()
-
     def __enter__(self) -> Worker:
         return self
 
@@ -47,4 +42,4 @@ class Worker:
             if kind is None:
                 self.finish()
         finally:
-            self.cancel()
+            self._pool.shutdown(cancel_futures=True)

@@ -134,7 +134,7 @@ def _back_to_its_width(module: torch.nn.Module) -> bool:
 
 def _chain(module: torch.nn.Module) -> bool:
     """Whether it is a head of many linear layers in a row: a list of them stands beside others."""
-    lists = [child for child in module.children() if type(child).__name__ == "ModuleList"]
+    lists: list[Any] = [child for child in module.children() if type(child).__name__ == "ModuleList"]
     return any(len(each) > 0 and all(type(part).__name__ == "Linear" for part in each) for each in lists)
 
 

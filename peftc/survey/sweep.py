@@ -7,12 +7,11 @@ for record in sweep(every_family(), seconds=90):
 from __future__ import annotations
 
 import multiprocessing
-import os
-import resource
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from typing import Any
 
+from peftc.survey.apart import apart, confine
 from peftc.survey.record import Record
 
 MEMORY = 12 * 2**30
@@ -35,52 +34,22 @@ def sweep(families: Iterable[str], *, seconds: int = 90, numbers: bool = True, o
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peftc.survey.warm" if len(families) > FEW else "peftc.survey.measure"])
     for family in families:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(sender, family, numbers, onnx), daemon=True)
-        process.start()
-        sender.close()
-        yield _collect(receiver, process, Record(family), seconds)
+        known = [Record(family)]
 
+        def heard(document: Any, known: list[Record] = known) -> None:
+            known.append(Record.from_json(document))
 
-def _collect(receiver: Connection, process: BaseProcess, record: Record, seconds: int) -> Record:
-    """The last record that the process sent; it is killed when the time is up."""
-    import time
-
-    end, done = time.monotonic() + seconds, False
-    while not done:
-        if not receiver.poll(max(0.0, end - time.monotonic())):
-            record.reasons.append(f"not done after {seconds} s")
-            break
-        try:
-            raw, done = receiver.recv()
-        except EOFError:
-            process.join(5)
-            record.reasons.append(
-                f"the process ended with code {process.exitcode}: out of memory, or a crash in native code"
-            )
-            break
-        record = Record.from_json(raw)
-    if process.is_alive() and not done:
-        process.kill()
-    process.join(5)
-    receiver.close()
-    return record
+        reason = apart(context, _work, (family, numbers, onnx), heard, seconds=seconds)
+        if reason is not None:
+            known[-1].reasons.append(reason)
+        yield known[-1]
 
 
 def _work(sender: Connection, family: str, numbers: bool, onnx: bool) -> None:
     from peftc.frontend.trace import quiet
     from peftc.survey.measure import measure
 
-    _silence()
-    os.environ["PEFTC_CACHE"] = "off"  # hundreds of traces that nobody asks for again
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    confine(MEMORY)
     with quiet():
         record = measure(family, numbers=numbers, onnx=onnx, watch=lambda r: sender.send((r.to_json(), False)))
     sender.send((record.to_json(), True))
-
-
-def _silence() -> None:
-    """Models print while they are built; nothing of that is for the reader of a table."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)

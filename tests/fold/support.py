@@ -219,10 +219,10 @@ def fold(rule: str, base: Path, place: Path, **options: Any) -> Merged:
     config.architectures = [surgery.base_class.__name__]
     skeleton = build_skeleton(surgery.base_class, config, adapted.dtype)
     state = FoldedState(lambda name: state_of(adapted)[name].detach(), step.updates)
-    hf.emit(
-        out, source=source, skeleton=skeleton, program=program, decisions=step.decisions, folded=state,
+    hf.plan_checkpoint(
+        source=source, skeleton=skeleton, program=program, decisions=step.decisions, folded=state,
         trained=surgery.plan.trained,
-    )  # fmt: skip
+    ).write(out)  # fmt: skip
     return Merged(base, adapted, out, load_plain(out), tuple(step.decisions))
 
 

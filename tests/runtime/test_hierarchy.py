@@ -238,21 +238,26 @@ def test_values_and_parameters_may_cross_blocks(model_dir: Load) -> None:
 FITTING = {"miss": {"r": 4}, "prompt": {"l": 4}, "road": {"g": 8}}
 FROM_STORED = {"adapter_fusion", "lora_mix"}
 """Rules that start from other deltas; their nodes are those of rules that are here."""
+FOR_MIXTURES = {"experts_lora"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", sorted(rule_files().keys() - FROM_STORED))
-def test_every_rule_of_the_library_runs_in_parts_and_sharded(alone: None, model_dir: Load, rule: str) -> None:
+def test_every_rule_of_the_library_runs_in_parts_and_sharded(
+    alone: None, model_dir: Load, family_dir: Load, rule: str
+) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    model = moved(peftc.apply(rule, model_dir("bert"), set=FITTING.get(rule), dtype=torch.float64))
+    base = family_dir("mixtral") if rule in FOR_MIXTURES else model_dir("bert")
+    model = moved(peftc.apply(rule, base, set=FITTING.get(rule), dtype=torch.float64))
     shards = copy.deepcopy(model)
-    wanted = step(model, **batch())
+    given = given_to(model) if rule in FOR_MIXTURES else batch()
+    wanted = step(model, **given)
     model.activation_checkpointing_enable()
-    assert_equal(step(model, **batch()), wanted)
-    for module in (*shards.bert.encoder.layer, shards):
+    assert_equal(step(model, **given), wanted)
+    for module in (*(shards.model.layers if rule in FOR_MIXTURES else shards.bert.encoder.layer), shards):
         fully_shard(module)
-    outputs, gradients = step(shards, **batch())
+    outputs, gradients = step(shards, **given)
     assert_equal((outputs, {name: value.full_tensor() for name, value in gradients.items()}), wanted)
 
 
