@@ -88,11 +88,12 @@ def rewrite(
     *,
     dtypes: Mapping[str, torch.dtype] | None = None,
     fresh: Collection[str] = (),
+    like: Plan | None = None,
     watch: Watcher | None = None,
 ) -> Plan:
     """Plan `rule` on a located program and insert its deltas; see `peftc.plan.make_plan` for the options."""
     from peftc.plan import make_plan
 
-    plan = make_plan(rule, program, dtypes=dtypes, fresh=fresh)
+    plan = make_plan(rule, program, dtypes=dtypes, fresh=fresh, like=like)
     run(program, [load_pass("insert")(plan), load_pass("freeze")(plan)], watch)
     return plan

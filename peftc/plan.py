@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from peftc.agreement import sites_like
 from peftc.arrange import arranged
 from peftc.budget import Spent, solve
 from peftc.diagnostics import Collector, did_you_mean, fail
@@ -86,6 +87,8 @@ class Plan:
     """How a budget of the rule was spent; `rule` then holds the value found."""
     fresh: frozenset[str] = frozenset()
     """Those of `trained` that the checkpoint does not hold."""
+    sites: tuple[Site, ...] = ()
+    """What it was made from, of every kind."""
 
     @property
     def parameters(self) -> dict[str, DeltaParameter]:
@@ -139,9 +142,17 @@ class Plan:
 
 
 def make_plan(
-    rule: Rule, program: Program, *, dtypes: Mapping[str, torch.dtype] | None = None, fresh: Collection[str] = ()
+    rule: Rule,
+    program: Program,
+    *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    fresh: Collection[str] = (),
+    like: Plan | None = None,
 ) -> Plan:
     """Plan `rule` on a located program. `dtypes` are those that delta parameters have now, where a model was converted.
+
+    `like` is the plan of another trace of the model: only sites that it was made from are planned, as the layers that
+    they were there.
 
     `fresh` are parameters that the checkpoint does not hold (a new classification head); they train always, for a
     head frozen at random values is never meant.
@@ -151,20 +162,27 @@ def make_plan(
     Raises `PeftcError`: E004, E008, E009, E014, E020 to E026, E051 to E053.
     """
     own = find(program, rule.patterns.values())
+    located = (*program.sites, *own.sites)
+    if like is not None:
+        located = sites_like(like.sites, located)
     if rule.budgeted is not None:
-        return solve(rule, lambda solved: _planned(solved, program, own, dtypes, fresh))
-    return _planned(rule, program, own, dtypes, fresh)
+        return solve(rule, lambda solved: _planned(solved, program, located, own, dtypes, fresh))
+    return _planned(rule, program, located, own, dtypes, fresh)
 
 
 def _planned(
-    rule: Rule, program: Program, own: Found, dtypes: Mapping[str, torch.dtype] | None, fresh: Collection[str]
+    rule: Rule,
+    program: Program,
+    located: tuple[Site, ...],
+    own: Found,
+    dtypes: Mapping[str, torch.dtype] | None,
+    fresh: Collection[str],
 ) -> Plan:
-    """The plan of a rule without a budget; `own` are the sites that its own patterns find."""
+    """The plan of a rule without a budget; `own` is what its own patterns find, among `located`."""
     base = program.placeholders("parameter")
     sizes, kinds = _base_sizes(program), Dtypes.of(program, dtypes)
     collector = Collector()
     edits: list[Edit] = []
-    located = (*program.sites, *own.sites)
     carried = {delta.name: selected(delta, rule, located) for delta in rule.deltas if delta.value is not None}
     for delta in rule.deltas:
         sites = selected(delta, rule, located)
@@ -186,7 +204,7 @@ def _planned(
     edits = arranged(edits)
     named = (name for name in base if name in fresh or _is_trained(rule, name))
     trained = tuple(dict.fromkeys(program.tied.get(name, name) for name in named))
-    check_layers(rule, program.sites, collector)
+    check_layers(rule, located, collector)
     check_shared(edits, collector)
     for glob in rule.train:
         if not any(fnmatch.fnmatchcase(name, glob.pattern) for name in base):
@@ -197,7 +215,7 @@ def _planned(
                 help=did_you_mean(glob.pattern, {name.split(".")[0] + ".*" for name in base}),
             )
     collector.raise_if_errors()
-    plan = Plan(rule, tuple(edits), trained, sizes, fresh=frozenset(trained).intersection(fresh))
+    plan = Plan(rule, tuple(edits), trained, sizes, fresh=frozenset(trained).intersection(fresh), sites=located)
     _refuse_absurd(plan)
     check_recipes(plan.parameters.values())
     return plan

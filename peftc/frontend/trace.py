@@ -41,7 +41,17 @@ __all__ = ["LABELS", "InputSpec", "Skeleton", "build_skeleton", "default_inputs"
 LABELS = "loss_labels"
 """The exporter refuses an input called `labels`; the graph's loss input has this name instead."""
 
-_SAMPLES = {"batch": 3, "sequence": 11, "target": 13, "past": 7, "window": 5, "total": 18, "target_total": 20}
+_SAMPLES = {
+    "batch": 3,
+    "sequence": 11,
+    "target": 13,
+    "past": 7,
+    "window": 5,
+    "total": 18,
+    "target_total": 20,
+    "images": 3,
+    "sounds": 3,
+}
 """Sample sizes: distinct, and unlikely to equal a model's own dimension. A total is what is past and what is new."""
 
 

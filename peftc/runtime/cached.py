@@ -21,7 +21,7 @@ from peftc.ir.cut import cut, outputs
 from peftc.ir.program import Program
 from peftc.ir.stepwise import resizing
 from peftc.runtime.caches import check_cache, crossed, crossed_names, keep, new_cache, past_of, tokens_seen
-from peftc.runtime.signature import Call, input_spec
+from peftc.runtime.signature import Call, call_specs
 
 STATE = "encoder_hidden_state"
 """The input of a decoder that is cut from its encoder."""
@@ -62,7 +62,7 @@ def encode(model: Any, call: Call) -> Any:
     """
     from transformers.modeling_outputs import BaseModelOutput
 
-    specs = {name: input_spec(name, tensor, encoder_decoder=True) for name, tensor in call.tensors.items()}
+    specs = call_specs(call.tensors, model)
     usual = default_inputs(model.skeleton().model)
     specs.update({name: spec for name, spec in usual.items() if name.startswith("decoder_")})
     program = model.program_of(specs, call.flags, tensors=call.tensors)
@@ -100,7 +100,7 @@ class _Answer:
             new = int(tokens.shape[1])
             tensors = self._with_mask(tensors, tokens, tokens_seen(cache, layout) + new)
             past = past_of(cache, layout, tokens.shape[0], model.dtype, model.device)
-        specs = {name: input_spec(name, tensor, encoder_decoder=self._seq2seq) for name, tensor in tensors.items()}
+        specs = call_specs(tensors, model)
         if layout is not None:
             specs = cached_specs(model, specs, layout)
         given = {**tensors, **past}

@@ -32,7 +32,7 @@ from peftc.runtime.generation import Generates, refuse_cache
 from peftc.runtime.hierarchy import called
 from peftc.runtime.lengths import fitting, one_past
 from peftc.runtime.quantized import forms_of
-from peftc.runtime.signature import call_key, input_spec, read_call
+from peftc.runtime.signature import call_key, call_specs, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.stateful import HoldsStates
 from peftc.runtime.states import first_state, plant
@@ -78,7 +78,8 @@ class Surgery:
 
     def rewrite(self, program: Program, dtypes: Mapping[str, torch.dtype]) -> None:
         """Rewrite a program of the model, whose delta parameters have these dtypes now, as the first one was."""
-        check_same(self.plan, rewrite(program, self.rule, dtypes=dtypes, fresh=self.plan.trained))
+        plan = rewrite(program, self.rule, dtypes=dtypes, fresh=self.plan.trained, like=self.plan)
+        check_same(self.plan, plan)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Surgery:
         own = {name: dict(getattr(self, name)) for name in ("programs", "skeletons", "layouts", "cuts", "uncached")}
@@ -102,9 +103,7 @@ class GraphModel(HoldsStates, Generates):
 
     def program_for(self, inputs: Mapping[str, torch.Tensor], flags: Mapping[str, Any] | None = None) -> Program:
         """The rewritten program that serves a call with these tensors (traced on first use)."""
-        seq2seq = bool(self.config.is_encoder_decoder)  # pyright: ignore[reportAttributeAccessIssue]
-        specs = {name: input_spec(name, tensor, encoder_decoder=seq2seq) for name, tensor in inputs.items()}
-        return self.program_of(specs, flags or {}, tensors=inputs)
+        return self.program_of(call_specs(inputs, self), flags or {}, tensors=inputs)
 
     def program_of(
         self,

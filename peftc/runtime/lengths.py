@@ -1,7 +1,7 @@
 """Traces that hold for one length only. Code that loops over the tokens (a scan of a state-space model, chunks of a
-linear attention) is written out by the tracer, one pass for each token of its sample. The length is a number in such
-a graph, where it should be a symbol (`Program.fixed`), or the number of chunks is assumed (`Program.guards`), and a
-text of another length needs a trace of its own.
+linear attention) or over images is written out by the tracer, one pass for each of its sample. The length is a number
+in such a graph, where it should be a symbol (`Program.fixed`), or the number of chunks is assumed (`Program.guards`),
+and a text of another length needs a trace of its own.
 
 fitting(trace, specs, tensors, "Mamba")     # a program for these tensors, made by `trace`
 """
@@ -38,13 +38,15 @@ def fitting(
             wrong |= {axis: sizes[axis] for axis in guards.broken(sizes)}
         if not wrong:
             return program
-        axes = " and ".join(sorted(wrong))
-        warnings.warn(
-            f"{name} is traced anew for each length of {axes}: its code loops over the tokens. Pad to few lengths to "
-            "trace seldom",
-            stacklevel=2,
-        )
+        warnings.warn(f"{name} is traced anew for each {_told(sorted(wrong))}", stacklevel=2)
         specs = pinned(specs, wrong)
+
+
+def _told(axes: list[str]) -> str:
+    """What changes from trace to trace, why, and what to do."""
+    if {*axes} <= {"batch", "images", "sounds"}:
+        return f"number of {' and '.join(axes)}: its code loops over them. Give few different numbers to trace seldom"
+    return f"length of {' and '.join(axes)}: its code loops over the tokens. Pad to few lengths to trace seldom"
 
 
 def one_past(program: Program) -> str | None:

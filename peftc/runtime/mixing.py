@@ -41,7 +41,7 @@ class JointSurgery(Surgery):
         for name, state in self.members.items():
             own = state.surgery.plan
             kinds = {key: dtypes[state.parked(key)] for key in own.parameters}
-            plan = make_plan(own.rule, program, dtypes=kinds, fresh=own.trained)
+            plan = make_plan(own.rule, program, dtypes=kinds, fresh=own.trained, like=own)
             check_same(own, plan)
             plans[name] = _parked(plan, state)
         trained = {name: {key: state.boxed(key) for key in state.trained} for name, state in self.members.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -16,6 +16,7 @@ _TARGET = frozenset({"decoder_input_ids", "decoder_attention_mask", "decoder_pos
 _SEQUENCE = frozenset({
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "seq_idx",
 })  # fmt: skip
+_COUNTED: Final = {"pixel_values": "images", "image_": "images", "input_features": "sounds", "input_values": "sounds"}
 _FROM_CONFIG: Final = ("output_hidden_states", "output_attentions")
 _FOR_FLASH: Final = ("max_length_q", "max_length_k")
 _PLAIN: Final = (bool, int, float, str)
@@ -90,6 +91,19 @@ def _encoded(given: Any) -> Any:
     if not isinstance(given, (tuple, list)) or not given:
         fail("E041", f"an adapted model takes no {type(given).__name__} as `encoder_outputs`", help="give a tuple")
     return BaseModelOutput(*given[:3])
+
+
+def call_specs(tensors: Mapping[str, torch.Tensor], model: Any) -> dict[str, InputSpec]:
+    """The inputs of a call of `model`. Where a text may hold no image or several, images are counted by themselves."""
+    seq2seq = bool(model.config.is_encoder_decoder)
+    specs = {name: input_spec(name, tensor, encoder_decoder=seq2seq) for name, tensor in tensors.items()}
+    if not model.can_generate() or seq2seq or specs.keys().isdisjoint(("input_ids", "inputs_embeds")):
+        return specs
+    for name, spec in specs.items():
+        axis = next((axis for start, axis in _COUNTED.items() if name.startswith(start)), None)
+        if axis is not None and spec.sizes[:1] == ("batch",):
+            specs[name] = replace(spec, sizes=(axis, *spec.sizes[1:]))
+    return specs
 
 
 def input_spec(name: str, tensor: torch.Tensor, *, encoder_decoder: bool) -> InputSpec:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftc.agreement import sites_like
 from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec, build_skeleton
 from peftc.patterns.sites import find
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime import per_sample
 from peftc.runtime.lengths import fitting
-from peftc.runtime.signature import call_key, input_spec, read_call
+from peftc.runtime.signature import call_key, call_specs, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.units import gathered_dtype
 from peftc.select import selected
@@ -96,8 +97,7 @@ def _run(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _program(place: Place, inputs: Mapping[str, torch.Tensor], flags: Mapping[str, Any]) -> Program:
     root, surgery = place.root, place.root.surgery
-    seq2seq = bool(root.config.is_encoder_decoder)
-    specs = {name: input_spec(name, tensor, encoder_decoder=seq2seq) for name, tensor in inputs.items()}
+    specs = call_specs(inputs, root)
     one = gathered_dtype(root)
     now = {name: one or root.get_parameter(name).dtype for name in surgery.plan.parameters}
     kinds = tuple(now[name] for name in surgery.plan.one_of_each_dtype)
@@ -117,15 +117,15 @@ def _rewritten(
     root, surgery = place.root, place.root.surgery
     cls = _traced(surgery.base_class, place.path, place.own)
     program = analyse(build_skeleton(cls, copy.deepcopy(root.config), root.variant()[0]), specs, flags)
-    rule = _narrowed(surgery.rule, program)
-    plan = rewrite(program, rule, dtypes=now, fresh=surgery.plan.trained)
+    rule = _narrowed(surgery.rule, program, surgery.plan)
+    plan = rewrite(program, rule, dtypes=now, fresh=surgery.plan.trained, like=surgery.plan)
     refuse_other(place, surgery.plan, plan)
     return program
 
 
-def _narrowed(rule: Rule, program: Program) -> Rule:
+def _narrowed(rule: Rule, program: Program, whole: Plan) -> Rule:
     """The rule without the rows that reach nothing here; counts that a row expects are of the whole model."""
-    located = (*program.sites, *find(program, rule.patterns.values()).sites)
+    located = sites_like(whole.sites, (*program.sites, *find(program, rule.patterns.values()).sites))
     rows = [replace(row, expect=None) for row in rule.deltas if selected(row, rule, located)]
     return replace(rule, deltas=tuple(rows))
 
