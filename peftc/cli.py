@@ -178,6 +178,9 @@ app.command(epilog="Example: [bold]peftc merge peftc-out -o merged --export hf -
     merge_commands.merge
 )
 app.command(epilog="Example: [bold]peftc verify merged[/bold]")(merge_commands.verify)
+app.command(epilog="Example: [bold]peftc merge --undo && peftc unmerge merged -o base-again[/bold]")(
+    merge_commands.unmerge
+)
 app.command(epilog="Example: [bold]peftc check mine.yaml --model MODEL_DIR[/bold]")(commands.check)
 app.command(epilog="Example: [bold]peftc test mine.yaml -k decoder[/bold]")(commands.test)
 app.command(epilog="Example: [bold]peftc explain E012[/bold]")(commands.explain)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
     from peftc.store.model_dir import ModelDir
+    from peftc.unmerge import UnmergeReport
     from peftc.verify import VerifyReport
 
 
@@ -112,12 +113,14 @@ def merge(
     outputs: bool = True,
     texts: Sequence[str] = (),
     allow_unchanged: bool = False,
+    undo: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold a delta directory into its base and write the result to `out`, with a certificate.
 
     `precision` is what folds are computed in, `max_shard` the largest shard in bytes (default: the base's own shards),
-    `texts` what the outputs are compared on beside random inputs; without `outputs` only tensors are certified.
+    `texts` what the outputs are compared on beside random inputs; without `outputs` only tensors are certified. With
+    `undo`, what `unmerge` restores the base from is kept beside the checkpoint.
     """
     import torch
 
@@ -125,7 +128,7 @@ def merge(
     from peftc.merge import merge as run
 
     dtype: torch.dtype = getattr(torch, precision)
-    options = Options(frozenset(export or {"hf"}), dtype, max_shard, outputs, tuple(texts), allow_unchanged)
+    options = Options(frozenset(export or {"hf"}), dtype, max_shard, outputs, tuple(texts), allow_unchanged, undo)
     return run(Path(directory), Path(out), base=base, progress=progress or NullProgress(), options=options)
 
 
@@ -147,6 +150,13 @@ def verify(directory: str | Path, base: str | Path | None = None, progress: Prog
     from peftc.verify import verify as run
 
     return run(Path(directory), base, progress or NullProgress())
+
+
+def unmerge(directory: str | Path, out: str | Path, progress: Progress | None = None) -> UnmergeReport:
+    """Restore the base's exact bytes from what `merge` wrote with `undo`."""
+    from peftc.unmerge import unmerge as run
+
+    return run(Path(directory), Path(out), progress or NullProgress())
 
 
 def _program(

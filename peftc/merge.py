@@ -28,6 +28,7 @@ from peftc.progress import Progress
 from peftc.reports import MergeReport, ScheduleReport
 from peftc.runtime.state import state_of
 from peftc.store.atomic import atomic_directory, check_free_space, check_target
+from peftc.undo import UNDO, write_undo
 
 if TYPE_CHECKING:
     from peftc.ir.program import Program
@@ -47,6 +48,8 @@ class Options:
     outputs: bool = True
     texts: tuple[str, ...] = ()
     allow_unchanged: bool = False
+    undo: bool = False
+    """Whether to keep what `peftc unmerge` restores the base from."""
 
 
 @dataclass(slots=True)
@@ -62,8 +65,10 @@ class _Folded:
 def merge(
     directory: Path, out: Path, *, base: str | Path | None, progress: Progress, options: Options | None = None
 ) -> MergeReport:
-    """Fold and write; see `peftc.driver.merge`. Raises `PeftcError` E030 to E040, E042, E043, E049."""
+    """Fold and write; see `peftc.driver.merge`. Raises `PeftcError` E014, E030 to E040, E042, E043, E049."""
     options = options or Options()
+    if options.undo and "hf" not in options.export:
+        fail("E014", "`--undo` keeps what a checkpoint changed, and none is written", help="add `--export hf`")
     progress.step("read the delta")
     adapted = Adapted.open(directory, base)
     _check_places(directory, adapted, out)
@@ -79,6 +84,10 @@ def merge(
             report.checkpoint = plan.write(fresh, progress.update)
             refuse_unread(adapted.delta, folded.read, folded.plan)
             refuse_nothing(report.checkpoint, allowed=options.allow_unchanged)
+            if options.undo:
+                progress.step("keep what undoes it")
+                undo = _write_undo(adapted, fresh, plan, report.checkpoint, progress)
+                report.undo, report.files[UNDO] = undo.stat().st_size, file_digest(undo)
             if options.outputs:
                 progress.step("compare with the unfolded model")
                 report.comparisons += compare_checkpoint(adapted, fresh, options.texts)
@@ -137,8 +146,15 @@ def _write_onnx(adapted: Adapted, fresh: Path, report: MergeReport, progress: Pr
         adapted.skeleton.config.save_pretrained(fresh)
     progress.step("compare onnxruntime with torch")
     report.comparisons += compare_onnx(adapted, report.onnx, specs, options.texts)
-    report.files = {path.name: file_digest(path) for path in sorted(fresh.glob(f"{onnx.MODEL}*"))}
+    report.files |= {path.name: file_digest(path) for path in sorted(fresh.glob(f"{onnx.MODEL}*"))}
     report.exported = {decision.insertion.delta: decision.result for decision in folded.fold.decisions}
+
+
+def _write_undo(
+    adapted: Adapted, fresh: Path, plan: hf.CheckpointPlan, written: hf.Checkpoint, progress: Progress
+) -> Path:
+    touched = {change.name for change in written.changes}
+    return write_undo(adapted.base, fresh, plan.tensors.factors, touched, progress.update)
 
 
 def _tokenizer_inputs(source: ModelDir) -> tuple[str, ...]:

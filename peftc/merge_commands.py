@@ -1,4 +1,4 @@
-"""Commands that write a model without peftc in it, and check it later: merge, verify.
+"""Commands that write a model without peftc in it, check it later and take it back: merge, verify, unmerge.
 
 $ peftc merge peftc-out -o merged && peftc verify merged
 """
@@ -68,6 +68,9 @@ def merge(
     allow_unchanged: Annotated[
         bool, typer.Option("--allow-unchanged", help="Merge deltas that change nothing, too.")
     ] = False,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Keep what `peftc unmerge` restores the base's exact bytes from.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -93,6 +96,7 @@ def merge(
                 outputs=certify is Certify.outputs,
                 texts=texts,
                 allow_unchanged=allow_unchanged,
+                undo=undo,
                 progress=progress,
             )
     if not quiet:
@@ -111,6 +115,24 @@ def verify(
     from peftc import driver
 
     show(driver.verify(directory, base=None if base is None else str(base)), as_json=as_json)
+
+
+def unmerge(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `merge --undo` wrote.")] = Path(
+        "merged"
+    ),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")] = Path("unmerged"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Restore the base's exact bytes from a merged directory. Exit code 3 when what comes out is not the base."""
+    from peftc import driver
+    from peftc.progress import terminal_progress
+
+    with terminal_progress(quiet=quiet) as progress:
+        report = driver.unmerge(directory, out, progress)
+    if not quiet:
+        show(report, as_json=as_json)
 
 
 def parse_size(text: str) -> int:

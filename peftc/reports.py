@@ -235,6 +235,8 @@ class MergeReport:
     exported: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of every file of an export."""
+    undo: int | None = None
+    """Bytes of what restores the base."""
 
     @property
     def results(self) -> Counter[str]:
@@ -251,6 +253,8 @@ class MergeReport:
             report["checkpoint"] = {"changed": c.changed, "copied": c.copied, "added": c.added}
             report["tensors"] = [change.to_json() for change in c.changes]
             report["untouched"] = c.copied
+        if self.undo is not None:
+            report["undo"] = self.undo
         if self.onnx is not None:
             o = self.onnx
             report["onnx"] = {
@@ -264,6 +268,8 @@ class MergeReport:
             c = self.checkpoint
             console.print(f"checkpoint: {c.changed} tensors changed, {c.copied} copied, {c.added} added")
             console.print(c.describe_rounding())
+        if self.undo is not None:
+            console.print(f"undo.zip: {self.undo / 1e6:,.1f} MB; `peftc unmerge {self.out}` restores the base's bytes")
         if self.onnx is not None:
             o = self.onnx
             console.print(f"model.onnx: inputs {', '.join(o.inputs)}; outputs {', '.join(o.outputs)}; opset {o.opset}")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from peftc.fold.decide import Decision
     from peftc.fold.state import FoldedState
+    from peftc.fold.updates import Factors
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
     from peftc.store.model_dir import ModelDir
@@ -208,6 +209,13 @@ class _Tensors:
         if self._goes_by_rows(key, state):
             return by_rows(header, key, self.folded, state, worker, done)
         return whole(header, key, self._exact(state), torch_dtype(spec.dtype), done)
+
+    def factors(self, key: str) -> Factors | None:
+        """The change of a stored tensor as a product of two factors, where it is one; see `FoldedState.factors`."""
+        state = self.changed.get(key)
+        if state is None or not self._goes_by_rows(key, state):
+            return None
+        return self.folded.factors(state, self.source.tensors[key][1].shape)
 
     def working_set(self, piece: Piece) -> int:
         key = piece.spec.name

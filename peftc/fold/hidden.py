@@ -62,6 +62,9 @@ class WidenUpdate:
     def by_rows(self, name: str) -> None:
         """A widened tensor grows, and is made whole."""
 
+    def factors(self, name: str, shape: tuple[int, ...], read: Read) -> None:
+        """What is added stands beside the old tensor, not on it."""
+
     def _owner(self, name: str) -> tuple[str, Linear]:
         return next((r, li) for r, li in self._linears.items() if name in (li.weight_name, li.bias_name))
 

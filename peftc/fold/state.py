@@ -12,7 +12,7 @@ import torch
 
 from peftc.diagnostics import fail
 from peftc.fold.evaluate import Read
-from peftc.fold.updates import Update
+from peftc.fold.updates import Factors, Update
 
 
 class FoldedState:
@@ -76,6 +76,14 @@ class FoldedState:
             return value
 
         return folded
+
+    def factors(self, name: str, shape: tuple[int, ...]) -> Factors | None:
+        """The change of a tensor as a product of two narrow factors in float64, where every update of it is one."""
+        found = [update.factors(name, shape, self._reader(index)) for index, update in self._updates.get(name, ())]
+        parts = [part for part in found if part is not None]
+        if not parts or len(parts) < len(found):
+            return None
+        return torch.cat([left for left, _ in parts], 1), torch.cat([right for _, right in parts], 0)
 
     def _before(self, name: str, limit: int | None) -> tuple[torch.Tensor, torch.dtype]:
         """The tensor after the updates with a lower number than `limit`, not rounded yet, and its stored dtype."""

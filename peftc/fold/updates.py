@@ -36,6 +36,9 @@ RowUpdate = Callable[[int, torch.Tensor], None]
 Prepare = Callable[[Read, torch.dtype], RowUpdate]
 """Reads what a row update needs, once, in the dtype that it computes in."""
 
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""A change of a tensor of n rows and m columns as it is stored: [n, r] and [r, m], whose product is added."""
+
 
 class Update(Protocol):
     """A change of some tensors, by state-dict name; `read` gives tensors as they are when the update's turn comes."""
@@ -46,6 +49,10 @@ class Update(Protocol):
     def apply(self, name: str, tensor: torch.Tensor, read: Read) -> torch.Tensor: ...
     def by_rows(self, name: str) -> Prepare | None:
         """What makes the update of blocks of rows, where a row of the result depends on that row alone."""
+        ...
+
+    def factors(self, name: str, shape: tuple[int, ...], read: Read) -> Factors | None:
+        """The change of a stored tensor of this shape, in float64, where it is a product of two narrow factors."""
         ...
 
 
@@ -195,6 +202,16 @@ class OutputUpdate(_AtLinear):
 
         return update
 
+    def factors(self, name: str, shape: tuple[int, ...], read: Read) -> Factors | None:
+        if self.by_rows(name) is None:
+            return None
+        left, right = self._factors(read, torch.float64)
+        d_out, d_in = reversed(shape) if self.linear.transposed else shape
+        tall, wide = left.new_zeros(d_out, left.shape[1]), right.new_zeros(right.shape[0], d_in)
+        tall[self.reach.rows(self.decision.insertion, self.linear)] = left
+        wide[:, : right.shape[1]] = right
+        return (wide.t(), tall.t()) if self.linear.transposed else (tall, wide)
+
     def _narrow(self) -> fx.Node | None:
         insertion = self.decision.insertion
         return bottleneck(self.reach.program, insertion.after, self._x, [insertion.before])
@@ -237,6 +254,9 @@ class InputUpdate(_AtLinear):
 
         return update
 
+    def factors(self, name: str, shape: tuple[int, ...], read: Read) -> None:
+        """W Bᵀ - W is as wide as W."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterUpdate:
@@ -264,3 +284,6 @@ class ParameterUpdate:
 
     def by_rows(self, name: str) -> None:
         """A parameter is evaluated whole."""
+
+    def factors(self, name: str, shape: tuple[int, ...], read: Read) -> None:
+        """A new parameter is no sum of the old one and a product."""

@@ -142,10 +142,14 @@ class ModelDir:
         """The same in parts, so that two that differ can say in what."""
         return fingerprint_of(self.config, self.tensors)
 
+    def support_files(self) -> tuple[Path, ...]:
+        """Tokenizer, processor and generation files."""
+        return _matching(self.path, TOKENIZER_FILES + PROCESSOR_FILES)
+
     def copy_support_files(self, dest: str | Path) -> list[Path]:
         """Copy tokenizer, processor and generation files (not the config, not weights); return the copies."""
         copies = []
-        for source in _matching(self.path, TOKENIZER_FILES + PROCESSOR_FILES):
+        for source in self.support_files():
             copy = Path(dest) / source.relative_to(self.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)  # follows links: the hub's cache is made of them
