@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 import peftc
-from peftc import commands, merge_commands
+from peftc import commands, interop_commands, merge_commands
 from peftc.diagnostics import PeftcError, fail
 from peftc.shared_options import JsonOption, QuietOption, print_json, show
 
@@ -180,6 +180,9 @@ app.command(epilog="Example: [bold]peftc merge peftc-out -o merged --export hf -
 app.command(epilog="Example: [bold]peftc verify merged[/bold]")(merge_commands.verify)
 app.command(epilog="Example: [bold]peftc merge --undo && peftc unmerge merged -o base-again[/bold]")(
     merge_commands.unmerge
+)
+app.command("import", epilog="Example: [bold]peftc import my-lora --model MODEL_DIR -o peftc-out[/bold]")(
+    interop_commands.import_
 )
 app.command(epilog="Example: [bold]peftc check mine.yaml --model MODEL_DIR[/bold]")(commands.check)
 app.command(epilog="Example: [bold]peftc test mine.yaml -k decoder[/bold]")(commands.test)

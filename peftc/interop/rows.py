@@ -1,0 +1,101 @@
+"""From an adapter's modules to rows: each module's layer of the table, its numbers, and the site of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peftc.diagnostics import did_you_mean, fail
+from peftc.interop.adapter import Adapter
+from peftc.interop.layout import Module, candidates
+from peftc.interop.names import is_target
+from peftc.interop.options import indices, number
+from peftc.interop.rule_text import Row
+from peftc.interop.table import Layer, Method
+from peftc.ir.program import Program
+from peftc.ir.sites import Site
+from peftc.lang.expr import evaluate_static
+from peftc.lang.rule import Expr
+
+
+def rows_of(adapter: Adapter, method: Method, modules: Sequence[Module], program: Program) -> dict[str, Row]:
+    """The rows, by name: modules whose layer and numbers are the same share one.
+
+    Raises `PeftcError`: E080, E081 (numbers), E082, a module that the model lacks or that lacks a tensor.
+    """
+    groups: dict[tuple[Any, ...], list[Site]] = {}
+    for module in modules:
+        layer, sites = _placed(adapter, method, module, program)
+        values = {name: _value(adapter, layer, module, entry, sites[0]) for name, entry in layer.values.items()}
+        sizes = tuple(sites[0].dims[name] for name in layer.apart)
+        groups.setdefault((layer, tuple(values.items()), sizes, module.wraps), []).extend(sites)
+    _refuse_absent(adapter, method, modules, program)
+    found: dict[str, Row] = {}
+    for (layer, values, _, wraps), sites in groups.items():
+        name = method.rule if not found else f"{method.rule}_{len(found) + 1}"
+        found[name] = Row(layer, dict(values), tuple(sites), wraps=wraps)
+    return found
+
+
+def _placed(adapter: Adapter, method: Method, module: Module, program: Program) -> tuple[Layer, list[Site]]:
+    """The layer of the table that the module has, and its sites."""
+    suffixes = frozenset(module.keys)
+    layers = list(candidates(method, suffixes, adapter.config))
+    if not layers:
+        _refuse_suffixes(adapter, method, module, suffixes)
+    here = [site for site in program.sites if site.path == module.path]
+    found = [(layer, [site for site in here if site.kind == layer.at]) for layer in layers]
+    placed = [(layer, sites) for layer, sites in found if sites]
+    for layer, sites in placed:
+        if all(_fits(adapter, module.keys[layer.tensors[name].key], layer.fits[name], sites[0]) for name in layer.fits):
+            return layer, sites
+    if placed:
+        key, site = module.first, placed[0][1][0]
+        message = f"{adapter.path}: {key} is {list(adapter.tensors[key].shape)}, which does not fit {site.describe()}"
+        fail("E082", message, help="the adapter was made for a base of other sizes: name the right one with --model")
+    kinds = " or ".join(dict.fromkeys(layer.at for layer in layers))
+    wanted = {site.path for site in program.sites if site.kind in {layer.at for layer in layers}}
+    message = f"{adapter.path}: {module.first} is for a {kinds} layer {module.path}, which the model lacks"
+    near = did_you_mean(module.path, wanted) or ""
+    fail("E082", message, help=near if near.startswith("did") else "name the adapter's base with --model or --head")
+
+
+def _refuse_absent(adapter: Adapter, method: Method, modules: Sequence[Module], program: Program) -> None:
+    """PEFT would start a module anew that `target_modules` means and that the file lacks."""
+    config, here = adapter.config, {module.path for module in modules}
+    target, kinds = config.get("target_modules"), {layer.at for layer in method.layers if layer.at != "embedding"}
+    if not isinstance(target, (str, list)) or target == "all-linear" or config.get("layers_to_transform"):
+        return
+    left_out = (config.get("exclude_modules") or [], config.get("modules_to_save") or [])
+    for site in program.sites:
+        wanted = site.kind in kinds and site.path not in here and is_target(target, site.path, unknown=False)
+        if wanted and not any(is_target(names, site.path) for names in left_out):
+            message = f"{adapter.path}: `target_modules` names {site.path}, and the adapter has no tensor of it"
+            fail("E082", message, help="the file is not whole, or the adapter was made for a smaller model")
+
+
+def _fits(adapter: Adapter, key: str, shape: Sequence[Expr], site: Site) -> bool:
+    return adapter.tensors[key].shape == tuple(evaluate_static(size, site.dims) for size in shape)
+
+
+def _refuse_suffixes(adapter: Adapter, method: Method, module: Module, suffixes: frozenset[str]) -> None:
+    nearest = max(method.layers, key=lambda layer: (len(layer.suffixes & suffixes), -len(layer.suffixes)))
+    missing = sorted(nearest.suffixes - suffixes)
+    if missing:
+        message = f"{adapter.path}: {module.path}.{missing[0]} is missing, beside {module.first}"
+    else:
+        message = f"{adapter.path}: {', '.join(sorted(suffixes))} of {module.path} are not tensors of one layer"
+    fail("E082", message, help="the file is not whole, or the adapter is of a kind that peftc does not read")
+
+
+def _value(adapter: Adapter, layer: Layer, module: Module, entry: Any, site: Site) -> Any:
+    """A number of the row, for one module."""
+    if not isinstance(entry, Mapping):
+        return entry
+    if "indices" in entry:
+        return indices(adapter, entry["indices"], module.path)
+    if "option" in entry:
+        return number(adapter, entry, module.path)
+    *over, parameter, axis = entry.get("size") or entry["over"]
+    size = adapter.tensors[module.keys[layer.tensors[parameter].key]].shape[axis]
+    return int(site.dims[over[0]]) // size if over else size

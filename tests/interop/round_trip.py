@@ -1,0 +1,102 @@
+"""One adapter of PEFT's, there and back: what is measured of it, for the tests and for the table of the README.
+
+$ python tests/interop/round_trip.py        # prints the table
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import peftc
+from interop.cases import CASES
+from interop.subjects import Made, made, model, says, slope
+from peftc import driver
+from peftc.interop.importing import import_adapter
+from peftc.interop.reading import viewed
+from peftc.interop.report import ImportReport
+from peftc.store.model_dir import ModelDir
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The largest differences between PEFT and peftc, in float64; None where there is nothing to compare."""
+
+    effect: float
+    """What the adapter changes: equality would prove nothing without."""
+    imported: float
+    gradients: float | None
+    merged: float | None
+
+
+def measure(case: str, family: str, place: Path) -> Measured:
+    """Make the adapter of a case, import it, and compare."""
+    theirs = made(family, CASES[case].configure(family), place)
+    report = import_adapter(theirs.adapter, place / "delta", model_dir=theirs.base)
+    ours = peftc.load(place / "delta")
+    expected = says(theirs.model).detach()
+    return Measured(
+        apart(expected, says(model(family))),
+        apart(expected, says(ours)),
+        _slopes(ours, theirs, report),
+        None if family in CASES[case].unmerged else _merged(theirs, place),
+    )
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape and one.isfinite().all()
+    return float((one - other).detach().abs().max())
+
+
+def _slopes(ours: Any, theirs: Made, report: ImportReport) -> float | None:
+    """Of the gradients: PEFT's, seen through the views of the table, are peftc's."""
+    if not theirs.trained:
+        return None
+    wanted = dict(zip(theirs.trained, slope(theirs.model, list(theirs.trained.values())), strict=True))
+    names = [name for name in report.sources if ours.get_parameter(name).requires_grad]
+    found = dict(zip(names, slope(ours, [ours.get_parameter(name) for name in names]), strict=True))
+    seen = 0.0
+    for name, gradient in found.items():
+        source = report.sources[name]
+        theirs_too = wanted[source.key]
+        if source.view is not None and source.sizes is not None:
+            theirs_too = viewed(source.view, theirs_too, source.sizes)
+        seen = max(seen, apart(theirs_too.reshape(gradient.shape), gradient))
+    return seen
+
+
+def _merged(theirs: Made, place: Path) -> float:
+    """Of the weights, merged by either."""
+    driver.merge(place / "delta", place / "merged", precision="float64", outputs=False)
+    merged = theirs.model.merge_and_unload()
+    stored = ModelDir.open(place / "merged")
+    wanted: Mapping[str, Tensor] = merged.state_dict()
+    names = [name for name in stored.tensors if name in wanted]
+    assert len(names) == len(stored.tensors)
+    return max(apart(wanted[name], stored.read(name)) for name in names)
+
+
+def main() -> None:
+    """Print the table."""
+    print("| method | model | outputs | gradients | merged weights |\n|---|---|---|---|---|")
+    for name, case in CASES.items():
+        for family in case.families:
+            with tempfile.TemporaryDirectory() as place:
+                found = measure(name, family, Path(place))
+            figures = (found.imported, found.gradients, found.merged)
+            print(f"| {name} | {family} | " + " | ".join("" if f is None else f"{f:.1e}" for f in figures) + " |")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
