@@ -42,8 +42,8 @@ def gaps(plan: Plan) -> list[Gap]:
         if where.layers is not None or where.path or where.condition is not None:
             continue  # the rule says itself where it is not
         sites = [site for site in plan.sites_of(delta.name) if site.layer >= 0]
-        for stack in dict.fromkeys(site.stack for site in sites):
-            own = [site for site in sites if site.stack == stack]
+        for stack, tower in dict.fromkeys((site.stack, site.tower) for site in sites):
+            own = [site for site in sites if (site.stack, site.tower) == (stack, tower)]
             layers = tuple(sorted({site.layer for site in own}))
             count = max(int(site.dims["layers"]) for site in own)
             if len(layers) < count:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def check_layers(rule: Rule, sites: Sequence[Site], collector: Collector) -> None:
     """E053 for a value of layers that no stack of the model has."""
-    counts = {site.stack: int(site.dims.get("layers", 0)) for site in sites if site.layer >= 0}
+    counts: dict[str, int] = {}
+    for site in (site for site in sites if site.layer >= 0):
+        counts[site.stack] = max(counts.get(site.stack, 0), int(site.dims.get("layers", 0)))
     for hyper in rule.hyper.values():
         for given in hyper.layers:
             if not any(layer_set(given.layers, count) for count in counts.values()):
@@ -64,7 +66,7 @@ def per_layer(plan: Plan) -> dict[str, dict[str, dict[int, Scalar]]]:
     counts: dict[str, int] = {}
     for edit in plan.edits:
         if edit.site.layer >= 0:
-            counts[edit.site.stack] = int(edit.site.dims["layers"])
+            counts[edit.site.stack] = max(counts.get(edit.site.stack, 0), int(edit.site.dims["layers"]))
     return {
         name: {stack: {layer: hyper.at(layer, count) for layer in range(count)} for stack, count in counts.items()}
         for name, hyper in plan.rule.hyper.items()

@@ -91,6 +91,8 @@ def _owner(param: Param, site: Site, sites: list[Site]) -> tuple[str, str]:
     if param.share == "model":
         return "", ""
     same = [s for s in sites if s.stack == site.stack and (param.share == "stack" or s.variant == site.variant)]
+    if len({s.tower for s in same if s.tower}) > 1:
+        same = [s for s in same if s.tower == site.tower]
     path = common_path(s.path for s in same)
     if any(s.path[len(path) + 1 :].split(".")[0].isdigit() for s in same):
         path = path.rpartition(".")[0]  # a list of layers is no place for a parameter: take the module around it

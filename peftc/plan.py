@@ -27,6 +27,7 @@ from peftc.lang.static import evaluate_static
 from peftc.layered import check_layers, check_shared
 from peftc.parameters import parameter_of, ranks_of
 from peftc.patterns.sites import Found, find
+from peftc.reach import Unreached, unreached
 from peftc.refer import Source, referred
 from peftc.select import condition_env, nearest_miss, selected
 
@@ -89,6 +90,8 @@ class Plan:
     """Those of `trained` that the checkpoint does not hold."""
     sites: tuple[Site, ...] = ()
     """What it was made from, of every kind."""
+    unreached: tuple[Unreached, ...] = ()
+    """What of the model the trace leaves aside."""
 
     @property
     def parameters(self) -> dict[str, DeltaParameter]:
@@ -215,7 +218,10 @@ def _planned(
                 help=did_you_mean(glob.pattern, {name.split(".")[0] + ".*" for name in base}),
             )
     collector.raise_if_errors()
-    plan = Plan(rule, tuple(edits), trained, sizes, fresh=frozenset(trained).intersection(fresh), sites=located)
+    plan = Plan(
+        rule, tuple(edits), trained, sizes, fresh=frozenset(trained).intersection(fresh), sites=located,
+        unreached=unreached(program),
+    )  # fmt: skip
     _refuse_absurd(plan)
     check_recipes(plan.parameters.values())
     return plan

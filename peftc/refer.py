@@ -121,6 +121,7 @@ class _Search:
             return of_kind
         stack = self._stack(of_kind)
         in_stack = [other for other in of_kind if other.stack == stack]
+        in_stack = [other for other in in_stack if other.tower == self.site.tower] or in_stack
         if not in_stack:
             has = " and ".join(sorted({other.stack for other in of_kind}))
             raise _NothingError(

@@ -12,6 +12,7 @@ from peftc.gaps import gaps
 from peftc.lang.rule import in_words
 from peftc.layered import describe_layers, per_layer
 from peftc.overlaps import overlaps
+from peftc.reach import unreached
 from peftc.sharing import shared
 
 if TYPE_CHECKING:
@@ -35,7 +36,11 @@ class SitesReport:
     program: Program
 
     def to_json(self) -> dict[str, Any]:
-        return {"model": str(self.path), "sites": [_site_json(site) for site in self.program.sites]}
+        return {
+            "model": str(self.path),
+            "sites": [_site_json(site) for site in self.program.sites],
+            "unreached": [fact.to_json() for fact in unreached(self.program)],
+        }
 
     def render(self, console: Console) -> None:
         from rich.tree import Tree
@@ -49,6 +54,8 @@ class SitesReport:
                 branches[where] = tree.add(f"[bold]{where}[/bold]")
             branches[where].add(_describe(group))
         console.print(tree)
+        for fact in unreached(self.program):
+            console.print(f"note: {fact.describe()}")
 
 
 def _site_json(site: Site) -> dict[str, Any]:
@@ -111,6 +118,7 @@ class PlanReport:
             "per_layer": per_layer(self.plan),
             "gaps": [gap.to_json() for gap in gaps(self.plan)],
             "shared": [fact.to_json() for fact in shared(self.plan)],
+            "unreached": [fact.to_json() for fact in self.plan.unreached],
             "overlaps": [overlap.to_json() for overlap in overlaps(self.plan)],
             **counts_json(self.plan, self.counts),
             "parameters": {p.name: list(p.shape) for p in self.plan.parameters.values()},
@@ -125,7 +133,7 @@ class PlanReport:
         for name, values in per_layer(self.plan).items():
             console.print(f"{name} = {describe_layers(values)}")
         render_deltas(console, self.plan, self.counts)
-        for fact in (*gaps(self.plan), *shared(self.plan)):
+        for fact in (*gaps(self.plan), *shared(self.plan), *self.plan.unreached):
             console.print(f"note: {fact.describe()}")
         for overlap in overlaps(self.plan):
             console.print(f"overlap: {overlap.describe()}")
@@ -147,11 +155,12 @@ class ApplyReport:
             **counts_json(self.plan, self.counts),
             "gaps": [gap.to_json() for gap in gaps(self.plan)],
             "shared": [fact.to_json() for fact in shared(self.plan)],
+            "unreached": [fact.to_json() for fact in self.plan.unreached],
         }
 
     def render(self, console: Console) -> None:
         render_deltas(console, self.plan, self.counts)
-        for fact in (*gaps(self.plan), *shared(self.plan)):
+        for fact in (*gaps(self.plan), *shared(self.plan), *self.plan.unreached):
             console.print(f"note: {fact.describe()}")
         console.print(f"wrote [bold]{self.out}[/bold]; train it, then: peftc merge {self.out} --export onnx")
 

@@ -9,6 +9,7 @@ head_dim] for `heads`, [d_out, d_in] for weights) and `write` puts a new value i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from peftc.ir.program import Program
 
 aten = torch.ops.aten
+_INDEX = re.compile(r"(?<![^.])\d+(?=\.|$)")
+
+
+def without_indices(path: str) -> str:
+    """A path of modules with `*` for each index."""
+    return _INDEX.sub("*", path)
+
 
 Layout = Literal["flat", "bshd", "bhsd", "sbhd", "sbd", "bds", "transposed"]
 """flat: as it is; letters: its axes in order, batch, sequence, heads and width, where a flat value is [b, s, h * d];
@@ -177,8 +185,8 @@ class Site:
     """A place of one kind with its taps and dimensions.
 
     `kind` is one of `peftc.lang.sites.SITES`; `variant` is "self" or "cross" for an attention. `layer` counts blocks
-    within a `stack` ("encoder" or "decoder"), -1 outside of any block. `linears` are the site's own projections by
-    role.
+    within a tower of a `stack` ("encoder" or "decoder"), -1 outside of any block. `linears` are the site's own
+    projections by role.
     """
 
     kind: str
@@ -199,6 +207,11 @@ class Site:
     """What tells sites under one path apart, where their linear layers do not."""
     series: dict[str, tuple[Tap, ...]] = field(default_factory=dict)
     """Taps that are several values of one kind, such as the outputs of a model; `taps` holds the first."""
+
+    @property
+    def tower(self) -> str:
+        """What tells the layers of one tower from those of another: the path of the site's block without indices."""
+        return without_indices(self.block)
 
     @property
     def anchor(self) -> fx.Node:

@@ -1,14 +1,16 @@
 """Blocks, layers and stacks: which transformer layer a site belongs to.
 
 A block is the smallest repeated module (a path that ends in an index) around one self attention; without any
-attention, the first index in the path. Blocks are numbered in graph order within their stack. A stack is the
-encoder when its hidden states are what some cross attention attends to, or when nothing in it is causal.
+attention, the first index in the path. Blocks are numbered in graph order within their stack and tower: blocks whose
+paths differ in nothing but indices are one tower, as the language and the vision model of LLaVA are two. A stack is the
+encoder when its hidden states are what some cross attention attends to, or when nothing in its tower is causal.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import fx
 
 from peftc.frontend.trace import LABELS
 from peftc.ir.program import Program, is_call, module_path, result_nodes, shape_of
-from peftc.ir.sites import Site, Tap
+from peftc.ir.sites import Site, Tap, without_indices
 from peftc.locate.walk import DROPOUT, NORMS, VIEWS, backward
 
 aten = torch.ops.aten
@@ -31,23 +33,29 @@ def assign_blocks(program: Program, sites: list[Site]) -> list[Site]:
         site.block = next((block for block in blocks if _inside(site.path, block)), "")
     stack_of = _stacks(sites)
     for site in sites:
-        site.stack = stack_of(site.anchor)
-    counters: dict[str, int] = {}
+        site.stack = stack_of(site.anchor, site.path)
+    counters: dict[tuple[str, str], int] = {}
     layers: dict[str, int] = {}
     stacks: dict[str, str] = {}
     for site in sites:
         if site.block and site.block not in layers:
-            layers[site.block] = counters.get(site.stack, 0)
+            stack = (site.stack, site.tower)
+            layers[site.block] = counters.get(stack, 0)
             stacks[site.block] = site.stack
-            counters[site.stack] = layers[site.block] + 1
+            counters[stack] = layers[site.block] + 1
+
+    def number(site: Site, block: str) -> None:
+        site.layer = layers.get(block, -1)
+        own = counters.get((stacks.get(block, ""), without_indices(block)))
+        several = [count for (stack, _), count in counters.items() if stack == site.stack]
+        site.dims.update(layer=site.layer, layers=own if own is not None else max(several, default=0))
+
     for site in sites:
-        site.layer = layers.get(site.block, -1)
-        site.dims["layer"] = site.layer
-        site.dims["layers"] = counters.get(site.stack, 0)
+        number(site, site.block)
     found = [_block_site(program, block, sites) for block in layers]
     for site in found:
-        site.layer, site.stack = layers[site.path], stacks[site.path]
-        site.dims.update(layer=site.layer, layers=counters[site.stack])
+        site.stack = stacks[site.path]
+        number(site, site.path)
     return found
 
 
@@ -58,13 +66,17 @@ def place_in_blocks(program: Program, found: Mapping[fx.Node, Site]) -> None:
     blocks = {site.path: site for site in program.sites if site.kind == "block"}
     own = [site for site in program.sites if site.kind not in ("block", "model")]
     stack_of = _stacks(own)
-    counts = {block.stack: block.dims["layers"] for block in blocks.values()}
+    counts: dict[str, int] = {}
+    for block in blocks.values():
+        counts[block.stack] = max(counts.get(block.stack, 0), int(block.dims["layers"]))
     for node, site in found.items():
         site.block = next((path for path in blocks if _inside(site.path, path)), "")
-        site.stack = stack_of(node)
+        site.stack = stack_of(node, site.path)
+        layers = counts.get(site.stack, 0)
         if site.block:
-            site.layer, site.stack = blocks[site.block].layer, blocks[site.block].stack
-        site.dims.update(layer=site.layer, layers=counts.get(site.stack, 0))
+            own = blocks[site.block]
+            site.layer, site.stack, layers = own.layer, own.stack, int(own.dims["layers"])
+        site.dims.update(layer=site.layer, layers=layers)
 
 
 def _inside(path: str, block: str) -> bool:
@@ -82,16 +94,31 @@ def _block_paths(paths: list[str]) -> list[str]:
     return list(found)
 
 
-def _stacks(sites: list[Site]) -> Callable[[fx.Node], str]:
-    """Says for a node which stack it is in, by the attentions among `sites`."""
+def _stacks(sites: list[Site]) -> Callable[[fx.Node, str], str]:
+    """Says for a node and the path of its site which stack it is in, by the attentions among `sites`."""
     crosses = [site for site in sites if site.variant == "cross"]
     memory: set[fx.Node] = set()
     if crosses:
         memory = set(backward([site.taps["ctx"].node for site in crosses], lambda node: node.op == "placeholder"))
-    causal = any(site.causal for site in sites)
     if crosses:
-        return lambda node: "encoder" if node in memory else "decoder"
-    return lambda _: "decoder" if causal else "encoder"
+        return lambda node, _: "encoder" if node in memory else "decoder"
+    causal = {without_indices(site.path): False for site in sites if site.kind == "attention"}
+    causal.update({without_indices(site.path): True for site in sites if site.causal})
+
+    def nearest(_: fx.Node, path: str) -> str:
+        """By the attention with most of the path in common; outside of all towers the text that is written decides."""
+        own = without_indices(path)
+        shared = {tower: _in_common(own, tower) for tower in causal}
+        most = max(shared.values(), default=0)
+        return "decoder" if any(causal[tower] for tower, count in shared.items() if count == most) else "encoder"
+
+    return nearest
+
+
+def _in_common(one: str, other: str) -> int:
+    """How many names two paths begin with together."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _block_site(program: Program, block: str, sites: list[Site]) -> Site:

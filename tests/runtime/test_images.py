@@ -71,6 +71,8 @@ def merged_by_hand(model: Any, base: Path) -> Any:
 @pytest.mark.parametrize("images", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_call_with_images_has_the_deltas_of_the_text(model: Any, base: Path, images: int) -> None:
     assert not any("vision" in name for name in model.surgery.plan.parameters)
+    (fact,) = model.surgery.plan.unreached
+    assert fact.modules == ("model.vision_tower", "model.multi_modal_projector")
     call = asked(images)
     with torch.no_grad():
         expected = merged_by_hand(model, base)(**call).logits
