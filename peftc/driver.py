@@ -14,6 +14,7 @@ from peftc.progress import NullProgress, Progress
 from peftc.reports import ApplyReport, MergeReport, PlanReport, ScheduleReport, SitesReport
 
 if TYPE_CHECKING:
+    from peftc.extraction import ExtractReport
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
     from peftc.store.model_dir import ModelDir
@@ -157,6 +158,24 @@ def unmerge(directory: str | Path, out: str | Path, progress: Progress | None = 
     from peftc.unmerge import unmerge as run
 
     return run(Path(directory), Path(out), progress or NullProgress())
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    drop_others: bool = False,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Write what `tuned` changed of `base` as a delta directory of `rank`, or of the ranks that miss at most `error` of
+    each change; what is no weight of a linear layer is kept whole, or dropped."""
+    from peftc.extract import Wanted
+    from peftc.extract import extract as run
+
+    return run(base, tuned, Path(out), Wanted(rank, error, drop_others), progress or NullProgress())
 
 
 def _program(

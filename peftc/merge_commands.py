@@ -1,4 +1,5 @@
-"""Commands that write a model without peftc in it, check it later and take it back: merge, verify, unmerge.
+"""Commands that write a model without peftc in it, check it later, take it back, or
+read its deltas off again: merge, verify, unmerge, extract.
 
 $ peftc merge peftc-out -o merged && peftc verify merged
 """
@@ -131,6 +132,34 @@ def unmerge(
 
     with terminal_progress(quiet=quiet) as progress:
         report = driver.unmerge(directory, out, progress)
+    if not quiet:
+        show(report, as_json=as_json)
+
+
+def extract(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model directory before tuning.")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The model directory after it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The delta directory to write.")] = Path("peftc-out"),
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="The rank of every change. Default: 16.")] = None,
+    error: Annotated[
+        float | None,
+        typer.Option("--error", metavar="SHARE", help="Instead: the share of each change that may be missed, as 0.05."),
+    ] = None,
+    drop_others: Annotated[
+        bool, typer.Option("--drop-others", help="Leave out what is no weight of a linear layer, not keep it whole.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write what tuning changed as a delta directory of low rank, with the error by rank."""
+    if error is not None and (rank is not None or not 0 < error < 1):
+        fail("E014", f"--error {error:g} is no share to be missed", help="give --rank, or a share between 0 and 1")
+    from peftc import driver
+    from peftc.progress import terminal_progress
+
+    chosen = 16 if rank is None and error is None else rank
+    with terminal_progress(quiet=quiet) as progress:
+        report = driver.extract(base, tuned, out, rank=chosen, error=error, drop_others=drop_others, progress=progress)
     if not quiet:
         show(report, as_json=as_json)
 
