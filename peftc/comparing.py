@@ -15,7 +15,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from peftc.adapted import Adapted
-from peftc.backends.onnx import OnnxFiles
 from peftc.certify import Batches, Comparison, Inputs, Run, compare, compared, random_batches, text_batches
 from peftc.frontend.trace import InputSpec, build_skeleton, default_inputs, quiet
 from peftc.pipeline import analyse
@@ -26,7 +25,7 @@ from peftc.store.stored import Stored
 
 WHOLE = 1 << 30
 """Bytes of a base up to which both models are held in memory."""
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 """Largest difference of outputs of order 1 that a certificate lets pass, by the dtype compared or stored in."""
 
 
@@ -36,7 +35,7 @@ def batches_for(adapted: Adapted, specs: Mapping[str, InputSpec], texts: Sequenc
     return [*random_batches(specs, vocabulary), *text_batches(adapted.base.path, specs, texts)]
 
 
-def _vocabulary(adapted: Adapted) -> int | None:
+def vocabulary_of(adapted: Adapted) -> int | None:
     """The width of the logits of a language model."""
     model = adapted.skeleton.model
     return model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else None
@@ -53,28 +52,16 @@ def compare_checkpoint(adapted: Adapted, merged: Path, texts: Sequence[str] = ()
         plain: Any = adapted.base_class.from_pretrained(merged, dtype=dtype).eval()
         if plain._can_set_experts_implementation():
             plain.set_experts_implementation("eager")  # torch's grouped products know no float64
-    words = _vocabulary(adapted)
-    found = _compare_whole(model, plain, specs, batches, dtype, _TOLERANCE[dtype], words)
+    words = vocabulary_of(adapted)
+    found = _compare_whole(model, plain, specs, batches, dtype, TOLERANCE[dtype], words)
     if dtype == torch.float32:
         wide = _in_float64(specs)
         again = batches_for(adapted, wide, texts)
         found += _compare_whole(
-            model.double(), plain.double(), wide, again, torch.float64, _TOLERANCE[torch.float32], words
+            model.double(), plain.double(), wide, again, torch.float64, TOLERANCE[torch.float32], words
         )
         model.float()
     return found
-
-
-def compare_onnx(
-    adapted: Adapted, files: OnnxFiles, specs: Mapping[str, InputSpec], texts: Sequence[str]
-) -> list[Comparison]:
-    """The exported model in onnxruntime against the unfolded model."""
-    run = unfolded(adapted.model, specs)
-    batches, dtype = batches_for(adapted, specs, texts), adapted.dtype
-    return compare(
-        "model.onnx in onnxruntime", run, _session(files), batches,
-        tolerance=_TOLERANCE[dtype], dtype=_word(dtype), vocabulary=_vocabulary(adapted),
-    )  # fmt: skip
 
 
 def _compare_whole(
@@ -93,25 +80,31 @@ def _compare_whole(
 
     return compare(
         "the merged checkpoint", unfolded(model, specs), folded, batches,
-        tolerance=tolerance, dtype=_word(dtype), vocabulary=vocabulary,
+        tolerance=tolerance, dtype=word(dtype), vocabulary=vocabulary,
     )  # fmt: skip
 
 
 def _from_disk(adapted: Adapted, merged: Path, specs: Mapping[str, InputSpec], batches: Batches) -> list[Comparison]:
     dtype = torch.float64 if adapted.dtype == torch.float64 else torch.float32
-    skeleton = build_skeleton(adapted.base_class, adapted.skeleton.config, dtype)
-    program, plan = adapted.rewritten(specs, skeleton)
     inputs = [inputs for _, inputs in batches]
-    before = StreamedRun(program, adapted.tensors(plan), dtype)(inputs)
+    before = unfolded_from_disk(adapted, specs, dtype, inputs)
     written = ModelDir.open(merged)
     cls, config = resolve(written.config, merged)
     plain = build_skeleton(cls, config, dtype)
     after = StreamedRun(analyse(plain, specs), Stored(written, plain), dtype)(inputs)
-    tolerance, words = _TOLERANCE[adapted.dtype], _vocabulary(adapted)
+    tolerance, words = TOLERANCE[adapted.dtype], vocabulary_of(adapted)
     return [
-        compared("the merged checkpoint", label, inputs, one, other, tolerance, _word(dtype), words)
+        compared("the merged checkpoint", label, inputs, one, other, tolerance, word(dtype), words)
         for (label, inputs), one, other in zip(batches, before, after, strict=True)
     ]
+
+
+def unfolded_from_disk(
+    adapted: Adapted, specs: Mapping[str, InputSpec], dtype: torch.dtype, inputs: Sequence[Inputs]
+) -> list[list[torch.Tensor]]:
+    """What the unfolded model answers in `dtype`, run a weight at a time."""
+    program, plan = adapted.rewritten(specs, build_skeleton(adapted.base_class, adapted.skeleton.config, dtype))
+    return StreamedRun(program, adapted.tensors(plan), dtype)(inputs)
 
 
 def unfolded(model: Any, specs: Mapping[str, InputSpec]) -> Run:
@@ -124,26 +117,11 @@ def unfolded(model: Any, specs: Mapping[str, InputSpec]) -> Run:
     return run
 
 
-def _session(files: OnnxFiles) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(files.path), options, providers=["CPUExecutionProvider"])
-    wanted = {argument.name for argument in session.get_inputs()}
-
-    def run(inputs: Inputs) -> Sequence[torch.Tensor]:
-        feeds = {name: tensor.numpy() for name, tensor in inputs.items() if name in wanted}
-        return [torch.from_numpy(value) for value in session.run(None, feeds)]
-
-    return run
-
-
 def _in_float64(specs: Mapping[str, InputSpec]) -> dict[str, InputSpec]:
     return {n: InputSpec(torch.float64 if s.dtype.is_floating_point else s.dtype, s.sizes) for n, s in specs.items()}
 
 
-def _word(dtype: torch.dtype) -> str:
+def word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -16,17 +16,18 @@ import torch
 
 from peftc.adapted import Adapted
 from peftc.backends import hf, onnx
+from peftc.backends.onnx_weights import FoldedWeights
 from peftc.certificate import CERTIFICATE, certificate, delta_digests, file_digest, refuse_nothing, refuse_unread
 from peftc.certify import refuse_failed
-from peftc.comparing import compare_checkpoint, compare_onnx
+from peftc.comparing import compare_checkpoint
+from peftc.comparing_onnx import compare_onnx
 from peftc.diagnostics import fail
-from peftc.fold.program_state import folded_program_state
+from peftc.fold.program_state import folded_program
 from peftc.fold.state import FoldedState
 from peftc.frontend.trace import InputSpec, default_inputs
 from peftc.passes.fold import Fold
 from peftc.progress import Progress
 from peftc.reports import MergeReport, ScheduleReport
-from peftc.runtime.state import state_of
 from peftc.store.atomic import atomic_directory, check_free_space, check_target
 from peftc.undo import UNDO, write_undo
 
@@ -138,14 +139,17 @@ def _write_onnx(adapted: Adapted, fresh: Path, report: MergeReport, progress: Pr
     progress.step("export ONNX")
     specs = onnx.export_inputs(adapted.skeleton, _tokenizer_inputs(adapted.base))
     folded = _fold(adapted, specs)
-    state = state_of(adapted.model)
-    values = folded_program_state(lambda name: state[name].detach(), folded.program, folded.fold)
-    report.onnx = onnx.emit(fresh, folded.program, specs, values)
+    state = FoldedState(folded.read, folded.fold.updates, options.precision)
+    program, constants = folded_program(folded.read, folded.program, state)
+    weights = FoldedWeights(state, folded.read, constants)
+    report.onnx = onnx.emit(fresh, program, specs, weights, progress=progress.update)
+    refuse_unread(adapted.delta, folded.read, folded.plan)
     if not (fresh / "config.json").exists():
         adapted.base.copy_support_files(fresh)
         adapted.skeleton.config.save_pretrained(fresh)
-    progress.step("compare onnxruntime with torch")
-    report.comparisons += compare_onnx(adapted, report.onnx, specs, options.texts)
+    if options.outputs:
+        progress.step("compare onnxruntime with torch")
+        report.comparisons += compare_onnx(adapted, report.onnx, specs, options.texts)
     report.files |= {path.name: file_digest(path) for path in sorted(fresh.glob(f"{onnx.MODEL}*"))}
     report.exported = {decision.insertion.delta: decision.result for decision in folded.fold.decisions}
 

@@ -1,27 +1,27 @@
 """The ONNX backend: the folded graph as `model.onnx` with its weights beside it, config and tokenizer.
 
-Batch and sequence are symbolic; weights keep their state-dict names; what did not fold is an ordinary part of the
-graph. The caller checks parity in onnxruntime (`peftc.certify`).
+Batch and sequence are symbolic; weights keep the checkpoint's names; what did not fold is an ordinary part of the
+graph. The graph is made without weights (`peftc.backends.onnx_graph`), which are then streamed into their file
+(`peftc.backends.onnx_weights`). The caller checks parity in onnxruntime (`peftc.certify`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftc.backends.onnx_graph import onnx_graph
+from peftc.backends.onnx_weights import Weights, WeightsFile
 from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec, default_inputs, forward_arguments
-from peftc.passes.set_mode import SetMode
-from peftc.runtime.executor import move_to
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
 
@@ -31,7 +31,6 @@ OPSETS = range(18, 26)
 DEFAULT_OPSET = 20
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 
-_AXES = {"batch": "batch_size", "sequence": "sequence_length", "target": "decoder_sequence_length"}
 _NO_KERNELS = {torch.bfloat16: "bfloat16"}
 
 
@@ -64,17 +63,32 @@ def emit(
     directory: Path,
     program: Program,
     specs: Mapping[str, InputSpec],
-    state: Mapping[str, torch.Tensor],
+    weights: Weights,
     *,
     opset: int = DEFAULT_OPSET,
+    progress: Callable[[int, int], None] | None = None,
 ) -> OnnxFiles:
-    """Write the program, bound to `state`, into `directory`. Raises `PeftcError` E014, E043."""
-    import onnx
-    import onnx_ir
+    """Write the program with its `weights` into `directory`. Raises `PeftcError` E014, E043, and what `weights` does.
 
+    Memory: the graph, and some blocks of weights (all of one where a fold needs all of it).
+    """
+    check_kernels(program, opset)
+    outputs = output_names(program)
+    states = state_shapes(program)
+    model = onnx_graph(program, specs, outputs, opset)
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in states.values())
+    with WeightsFile(directory, WEIGHTS, weights, progress, total) as file:
+        file.fill(model, states)
+    path = save_graph(model, directory / MODEL)
+    inputs = tuple(str(value.name) for value in model.graph.inputs)
+    return OnnxFiles(path, inputs, outputs, opset, len(list(model.graph)))
+
+
+def check_kernels(program: Program, opset: int) -> None:
+    """Refuse an opset that the exporter does not write right, and dtypes without kernels: E014, E043."""
     if opset not in OPSETS:
         fail("E014", f"opset {opset} is not one of {OPSETS.start} to {OPSETS.stop - 1}")
-    dtypes = {value.dtype for value in state.values()}
+    dtypes = {dtype for _, dtype in state_shapes(program).values()}
     for dtype, word in _NO_KERNELS.items():
         if dtype in dtypes:
             fail(
@@ -82,39 +96,28 @@ def emit(
                 f"onnxruntime has no {word} kernels on the CPU",
                 help="load the base in float32: save it once with `dtype=float32`, or export on float16",
             )
-    SetMode(training=False).apply_to(program.graph)
-    move_to(program.graph, torch.device("cpu"))
-    outputs = output_names(program)
-    exported = program.to_exported(state)
-    axes = {n: {i: _AXES[s] for i, s in enumerate(spec.sizes) if isinstance(s, str)} for n, spec in specs.items()}
-    with _quiet():
-        from torch.export.passes import move_to_device_pass
 
-        exported = move_to_device_pass(exported, "cpu")
-        written = torch.onnx.export(
-            exported,
-            dynamo=True,
-            optimize=False,
-            opset_version=opset,
-            dynamic_shapes=axes,
-            input_names=list(specs),
-            output_names=list(outputs),
-            verbose=False,
-            custom_translation_table=_translations(),
-        )
-    assert written is not None
-    path = directory / MODEL
-    onnx_ir.save(written.model, path, external_data=WEIGHTS)
+
+def state_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every parameter and buffer of the program."""
+    return {
+        binding.name: (tuple(int(size) for size in node.meta["val"].shape), node.meta["val"].dtype)
+        for node, binding in program.bindings.items()
+        if binding.kind in ("parameter", "buffer")
+    }
+
+
+def save_graph(model: ir.Model, path: Path) -> Path:
+    """Write the graph, whose weights are in their file already, and check it: the exporter's own check checks nothing.
+
+    Raises `onnx.checker.ValidationError` for a graph that is no valid ONNX, which is a bug.
+    """
+    import onnx
+    import onnx_ir
+
+    onnx_ir.save(model, path)
     onnx.checker.check_model(str(path), full_check=False)
-    return OnnxFiles(path, tuple(specs), outputs, opset, len(list(written.model.graph)))
-
-
-def _translations() -> dict[Any, Any]:
-    """How ops of transformers' own are written in ONNX: products of rows with the weights of their experts."""
-    from transformers.exporters import exporter_onnx
-
-    table: dict[Any, Any] = getattr(exporter_onnx, "_ONNX_TRANSLATION_TABLE", {})
-    return {op: function for op, function in table.items() if "grouped_mm" in str(op)}
+    return path
 
 
 def output_names(program: Program) -> tuple[str, ...]:
@@ -127,19 +130,3 @@ def output_names(program: Program) -> tuple[str, ...]:
         leaves = child.num_leaves
         names.extend([str(key)] if leaves == 1 else [f"{key}.{i}" for i in range(leaves)])
     return tuple(names) or tuple(f"output_{i}" for i in range(spec.num_leaves))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports its progress and its own deprecations; neither is the user's business."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -99,10 +99,11 @@ class Trial:
         import onnxruntime
 
         from peftc.backends.onnx import MODEL, emit
+        from peftc.backends.onnx_weights import HeldWeights
 
         expected = [self._run(program, state, inputs) for inputs in self.batches]
         with tempfile.TemporaryDirectory() as folder:
-            emit(Path(folder), copied(program), self.specs, state)
+            emit(Path(folder), copied(program), self.specs, HeldWeights(state))
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4
             options.intra_op_num_threads = 1

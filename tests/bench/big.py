@@ -17,7 +17,7 @@ import transformers
 
 from peftc.frontend.trace import build_skeleton
 from peftc.runtime.delta_dir import TENSORS
-from peftc.store.safetensors_io import TensorSpec, as_bytes, read_header, read_tensor, write
+from peftc.store.safetensors_io import TensorSpec, as_bytes, dtype_code, read_header, read_tensor, write
 from peftc.store.shards import Piece, resharded, write_shards
 from peftc.store.worker import Worker
 
@@ -33,22 +33,34 @@ def config(layers: int) -> transformers.LlamaConfig:
     )  # fmt: skip
 
 
-def make_base(directory: Path, layers: int = 16, shard: int = 10**9) -> Path:
-    """Write the checkpoint, `layers` x 436 MB and 2.1 GB."""
+def middling() -> transformers.LlamaConfig:
+    """A Llama of 0.58 B parameters, 2.3 GB in float32."""
+    return transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=10,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048, dtype="float32",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+
+
+def make_base(
+    directory: Path, layers: int = 16, shard: int = 10**9, settings: transformers.LlamaConfig | None = None
+) -> Path:
+    """Write the checkpoint, `layers` x 436 MB and 2.1 GB, or that of `settings`."""
     directory.mkdir(parents=True)
-    settings = config(layers)
+    settings = settings or config(layers)
     settings.save_pretrained(directory)
     model = build_skeleton(transformers.LlamaForCausalLM, settings).model
     noise = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
-    block, ones = noise.to(torch.bfloat16), torch.ones(4096, dtype=torch.bfloat16)
+    dtype = model.dtype
+    block, ones = noise.to(dtype), torch.ones(settings.hidden_size, dtype=dtype)
 
     def produce(spec: TensorSpec, _: Worker) -> Iterator[memoryview]:
-        count = spec.nbytes // 2
+        count = spec.nbytes // dtype.itemsize
         source = ones if len(spec.shape) == 1 else block
         for start in range(0, count, len(source)):
             yield as_bytes(source[: min(len(source), count - start)])
 
-    pieces = [Piece(TensorSpec(name, "BF16", tuple(p.shape))) for name, p in model.named_parameters()]
+    pieces = [Piece(TensorSpec(name, dtype_code(dtype), tuple(p.shape))) for name, p in model.named_parameters()]
     write_shards(directory, resharded(pieces, shard, {"format": "pt"}), produce)
     return directory
 

@@ -1,0 +1,80 @@
+"""Weights go from the checkpoint into the ONNX file a block at a time, folded on the way, under their own names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import pytest
+import torch
+
+from exporting.conftest import Make, Save
+from peftc import comparing_onnx, driver
+from peftc.backends import onnx_weights
+from peftc.backends.onnx_pieces import run_in_pieces
+from peftc.comparing_onnx import in_onnxruntime
+from peftc.store.model_dir import ModelDir
+
+
+def initializers(directory: Path) -> dict[str, np.ndarray]:
+    model = onnx.load(str(directory / "model.onnx"))
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_initializers_have_the_names_and_the_bytes_of_the_merged_checkpoint(
+    tied: bool, exported: Make, tmp_path: Path
+) -> None:
+    made = exported("llama", "lora", {"tie_word_embeddings": tied})
+    driver.merge(made.delta, tmp_path / "merged")
+    merged, found = ModelDir.open(tmp_path / "merged"), initializers(made.out)
+    assert found.keys() - merged.tensors.keys() == {"model.rotary_emb.inv_freq"}  # computed from the config, not stored
+    assert merged.tensors.keys() - found.keys() == set()
+    for name in merged.tensors:
+        assert np.array_equal(found[name], merged.read(name).numpy()), name
+    size = (made.out / "model.onnx.data").stat().st_size
+    large = [tensor.nbytes for tensor in found.values() if tensor.nbytes > 256]
+    assert sum(large) <= size < sum(large) + 64 * len(large)  # nothing twice
+
+
+def test_blocks_of_a_few_numbers_give_the_same_file(
+    saved: Save, exported: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = exported("gpt2", "lora")
+    monkeypatch.setattr(onnx_weights, "BLOCK", 300)
+    driver.merge(whole.delta, tmp_path / "out", export={"onnx"})
+    before, after = initializers(whole.out), initializers(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(np.allclose(before[name], after[name], rtol=0, atol=1e-6) for name in before)
+
+
+def test_a_model_run_in_pieces_answers_as_the_whole(exported: Make) -> None:
+    path = exported("gpt2", "lora").out / "model.onnx"
+    ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(9).expand(2, -1)}
+    (whole,) = in_onnxruntime(path, [batch], large=False)
+    for most in (1, 20_000):  # a weight a piece, and a few
+        one, other = run_in_pieces(path, [batch, {name: value[:1] for name, value in batch.items()}], most)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, whole, strict=True))
+        assert all(torch.allclose(a, b[:1], atol=1e-5) for a, b in zip(other, whole, strict=True))
+
+
+def test_the_certificate_of_a_large_model_is_that_of_a_small_one(
+    exported: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = exported("llama", "lora", {"tie_word_embeddings": True})
+    monkeypatch.setattr(comparing_onnx, "WHOLE", 0)
+    driver.merge(small.delta, tmp_path / "out", export={"onnx"})
+    made = type(small)(small.base, small.delta, tmp_path / "out")
+    before, after = small.certificate["comparisons"], made.certificate["comparisons"]
+    assert [c["inputs"] for c in before] == [c["inputs"] for c in after]
+    for one, other in zip(before, after, strict=True):
+        assert other["holds"] and other["absolute"] < 1e-4
+        assert other["scale"] == pytest.approx(one["scale"], rel=1e-5)
+
+
+def test_the_file_holds_no_path_of_the_machine_it_was_made_on(exported: Make) -> None:
+    text = (exported("gpt2", "lora").out / "model.onnx").read_bytes()
+    assert b"site-packages" not in text and b"/peftc/" not in text
