@@ -16,7 +16,7 @@ import torch
 
 from peftc.frontend.trace import InputSpec, Skeleton, build_skeleton
 from peftc.pipeline import analyse, rewrite
-from peftc.runtime.api import check_fingerprint, load, new_parameters
+from peftc.runtime.api import check_fingerprint, load, load_base, new_parameters
 from peftc.runtime.delta_dir import DeltaDir, check_names
 from peftc.runtime.quantized import refuse_merge
 from peftc.runtime.unfolded import Unfolded
@@ -83,6 +83,11 @@ class Adapted:
     def model(self) -> Any:
         """The adapted model with its weights, in memory."""
         return load(self.delta.path, self.base.path)
+
+    def base_model(self) -> Any:
+        """The base without deltas, in memory; a head that is not stored starts as it did for the deltas."""
+        reference = self.delta.manifest["base"]
+        return load_base(self.base, reference["head"], reference["num_labels"], reference["seed"], self.dtype)[0].eval()
 
 
 def _loaded_dtype(config: Any, base: ModelDir) -> torch.dtype:

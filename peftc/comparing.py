@@ -76,7 +76,7 @@ def _compare_whole(
     def folded(inputs: Inputs) -> Sequence[torch.Tensor]:
         with torch.no_grad():
             extra = {"use_cache": False} if hasattr(plain.config, "use_cache") else {}
-            return _tensors(plain(**{name: inputs[name] for name in specs}, **extra))
+            return tensors_of(plain(**{name: inputs[name] for name in specs}, **extra))
 
     return compare(
         "the merged checkpoint", unfolded(model, specs), folded, batches,
@@ -112,7 +112,7 @@ def unfolded(model: Any, specs: Mapping[str, InputSpec]) -> Run:
 
     def run(inputs: Inputs) -> Sequence[torch.Tensor]:
         with torch.no_grad():
-            return _tensors(model(**{name: inputs[name] for name in specs}))
+            return tensors_of(model(**{name: inputs[name] for name in specs}))
 
     return run
 
@@ -125,6 +125,7 @@ def word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tensors(result: Any) -> list[torch.Tensor]:
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    """The tensors of a model's answer, in order."""
     values = result.to_tuple() if hasattr(result, "to_tuple") else result
     return [value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]

@@ -16,6 +16,7 @@ from peftc.reports import ApplyReport, MergeReport, PlanReport, ScheduleReport, 
 if TYPE_CHECKING:
     from peftc.extraction import ExtractReport
     from peftc.frontend.trace import Skeleton
+    from peftc.hotswap.report import AdaptersReport
     from peftc.ir.program import Program
     from peftc.store.model_dir import ModelDir
     from peftc.unmerge import UnmergeReport
@@ -144,6 +145,21 @@ def merge_schedule(
     from peftc.merge import Options, schedule
 
     return schedule(Path(directory), base, progress or NullProgress(), Options(max_shard=max_shard))
+
+
+def export_adapters(
+    directories: Sequence[str | Path],
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    texts: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> AdaptersReport:
+    """Write one ONNX model of a base whose deltas are optional inputs, and an adapter file for each delta directory."""
+    from peftc.hotswap.export import export_adapters as run
+
+    places = [Path(directory) for directory in directories]
+    return run(places, Path(out), base=base, progress=progress or NullProgress(), texts=tuple(texts))
 
 
 def verify(directory: str | Path, base: str | Path | None = None, progress: Progress | None = None) -> VerifyReport:

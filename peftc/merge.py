@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from peftc.ir.program import Program
     from peftc.plan import Plan
     from peftc.runtime.unfolded import Unfolded
-    from peftc.store.model_dir import ModelDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ def _plan_checkpoint(adapted: Adapted, folded: _Folded, options: Options) -> hf.
 
 def _write_onnx(adapted: Adapted, fresh: Path, report: MergeReport, progress: Progress, options: Options) -> None:
     progress.step("export ONNX")
-    specs = onnx.export_inputs(adapted.skeleton, _tokenizer_inputs(adapted.base))
+    specs = onnx.export_inputs(adapted.skeleton, onnx.tokenizer_inputs(adapted.base))
     folded = _fold(adapted, specs)
     state = FoldedState(folded.read, folded.fold.updates, options.precision)
     program, constants = folded_program(folded.read, folded.program, state)
@@ -159,14 +158,3 @@ def _write_undo(
 ) -> Path:
     touched = {change.name for change in written.changes}
     return write_undo(adapted.base, fresh, plan.tensors.factors, touched, progress.update)
-
-
-def _tokenizer_inputs(source: ModelDir) -> tuple[str, ...]:
-    if not source.tokenizer_files or not (source.path / "tokenizer_config.json").exists():
-        return ()
-    from transformers import AutoTokenizer
-
-    try:
-        return tuple(AutoTokenizer.from_pretrained(source.path).model_input_names)
-    except (OSError, ValueError):
-        return ()

@@ -41,7 +41,10 @@ class Certify(str, Enum):
 
 
 def merge(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A delta directory.")] = Path("peftc-out"),
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="DIR...", help="A delta directory (default: peftc-out); several with --adapters."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")] = Path("merged"),
     export: Annotated[
         list[Export] | None,
@@ -73,10 +76,21 @@ def merge(
         bool, typer.Option("--undo", help="Keep what `peftc unmerge` restores the base's exact bytes from.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
+    adapters: Annotated[
+        bool,
+        typer.Option(
+            "--adapters", help="With --export onnx: fold nothing; one model of the base, an adapter for each DIR."
+        ),
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Fold a delta directory into its base model, check the result against torch, and write it."""
+    directory, *more = directories or [Path("peftc-out")]
+    if more and not adapters:
+        fail(
+            "E014", "`merge` folds one delta directory", help="`--export onnx --adapters` keeps several beside one base"
+        )
     most = None if max_shard_size is None else parse_size(max_shard_size)
     texts = () if verify_with is None else read_texts(verify_with)
     from peftc import driver
@@ -84,7 +98,19 @@ def merge(
 
     place = None if base is None else str(base)
     with terminal_progress(quiet=quiet) as progress:
-        if dry_run:
+        if adapters:
+            unfit = {
+                "--export hf": export != [Export.onnx],
+                "--max-shard-size": most is not None,
+                "--precision": precision is not Precision.float32,
+                "--certify tensors": certify is Certify.tensors,
+                "--allow-unchanged": allow_unchanged,
+                "--undo": undo,
+                "--dry-run": dry_run,
+            }
+            refuse_with_adapters([option for option, given in unfit.items() if given])
+            report = driver.export_adapters([directory, *more], out, base=place, texts=texts, progress=progress)
+        elif dry_run:
             report = driver.merge_schedule(directory, base=place, max_shard=most, progress=progress)
         else:
             report = driver.merge(
@@ -162,6 +188,14 @@ def extract(
         report = driver.extract(base, tuned, out, rank=chosen, error=error, drop_others=drop_others, progress=progress)
     if not quiet:
         show(report, as_json=as_json)
+
+
+def refuse_with_adapters(options: list[str]) -> None:
+    """Refuse what says how to fold where nothing is folded. Raises `PeftcError` E014."""
+    if "--export hf" in options:
+        fail("E014", "`--adapters` is for ONNX alone", help="add `--export onnx`, and no other")
+    if options:
+        fail("E014", f"`{options[0]}` says how to merge, and with `--adapters` nothing is merged", help="leave it out")
 
 
 def parse_size(text: str) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
+    from peftc.store.model_dir import ModelDir
 
 name = "onnx"
 
@@ -46,6 +47,18 @@ def export_inputs(skeleton: Skeleton, tokenizer_inputs: tuple[str, ...]) -> dict
         if "position_ids" in accepted and not model.config.is_encoder_decoder and model.can_generate():
             inputs["position_ids"] = ids
     return inputs
+
+
+def tokenizer_inputs(source: ModelDir) -> tuple[str, ...]:
+    """What the tokenizer beside a model makes; nothing where there is none that loads."""
+    if not source.tokenizer_files or not (source.path / "tokenizer_config.json").exists():
+        return ()
+    from transformers import AutoTokenizer
+
+    try:
+        return tuple(AutoTokenizer.from_pretrained(source.path).model_input_names)
+    except (OSError, ValueError):
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

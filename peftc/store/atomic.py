@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from peftc.diagnostics import fail
 
-MARKERS = ("peftc.json", "certificate.json")
+MARKERS = ("peftc.json", "certificate.json", "adapters.json")
 """A directory that holds one of these was written by peftc, and only such a one is ever replaced."""
 
 _REMEDIES = {
