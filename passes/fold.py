@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from peftc.fold.decide import Decision, decide
+from peftc.fold.decide import Decision, Room, decide
 from peftc.fold.updates import Update, updates_for
 from peftc.ir.program import Program
 
@@ -21,11 +21,12 @@ class Fold:
     """Fold every insertion that folds. `decisions` and `updates` are filled by `apply`."""
 
     name: ClassVar[str] = "fold"
+    room: Room = field(default_factory=Room)
     decisions: list[Decision] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
 
     def apply(self, program: Program) -> None:
-        self.decisions = decide(program)
+        self.decisions = decide(program, self.room)
         self.updates = updates_for(program, self.decisions)
 
     def remove(self, program: Program) -> None:

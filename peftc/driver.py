@@ -116,13 +116,15 @@ def merge(
     texts: Sequence[str] = (),
     allow_unchanged: bool = False,
     undo: bool = False,
+    tied: str = "refuse",
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold a delta directory into its base and write the result to `out`, with a certificate.
 
     `precision` is what folds are computed in, `max_shard` the largest shard in bytes (default: the base's own shards),
     `texts` what the outputs are compared on beside random inputs; without `outputs` only tensors are certified. With
-    `undo`, what `unmerge` restores the base from is kept beside the checkpoint.
+    `undo`, what `unmerge` restores the base from is kept beside the checkpoint. `tied` says what becomes of a tied
+    weight that a delta changes under one of its names: "refuse", "untie" or "both".
     """
     import torch
 
@@ -130,7 +132,7 @@ def merge(
     from peftc.merge import merge as run
 
     dtype: torch.dtype = getattr(torch, precision)
-    options = Options(frozenset(export or {"hf"}), dtype, max_shard, outputs, tuple(texts), allow_unchanged, undo)
+    options = Options(frozenset(export or {"hf"}), dtype, max_shard, outputs, tuple(texts), allow_unchanged, tied, undo)
     return run(Path(directory), Path(out), base=base, progress=progress or NullProgress(), options=options)
 
 
@@ -139,12 +141,13 @@ def merge_schedule(
     *,
     base: str | Path | None = None,
     max_shard: int | None = None,
+    tied: str = "refuse",
     progress: Progress | None = None,
 ) -> ScheduleReport:
     """What `merge` would write, shard by shard; nothing is."""
     from peftc.merge import Options, schedule
 
-    return schedule(Path(directory), base, progress or NullProgress(), Options(max_shard=max_shard))
+    return schedule(Path(directory), base, progress or NullProgress(), Options(max_shard=max_shard, tied=tied))
 
 
 def export_adapters(

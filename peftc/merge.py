@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +17,17 @@ import torch
 from peftc.adapted import Adapted
 from peftc.backends import hf, onnx
 from peftc.backends.onnx_weights import FoldedWeights
+from peftc.backends.settings import Settings, settings_for
 from peftc.certificate import CERTIFICATE, certificate, delta_digests, file_digest, refuse_nothing, refuse_unread
 from peftc.certify import refuse_failed
 from peftc.comparing import compare_checkpoint
 from peftc.comparing_onnx import compare_onnx
 from peftc.diagnostics import fail
+from peftc.fold.decide import Room
+from peftc.fold.evaluate import Read
 from peftc.fold.program_state import folded_program
 from peftc.fold.state import FoldedState
-from peftc.frontend.trace import InputSpec, default_inputs
+from peftc.frontend.trace import InputSpec, Skeleton, build_skeleton, default_inputs, tied_names
 from peftc.passes.fold import Fold
 from peftc.progress import Progress
 from peftc.reports import MergeReport, ScheduleReport
@@ -48,6 +51,8 @@ class Options:
     outputs: bool = True
     texts: tuple[str, ...] = ()
     allow_unchanged: bool = False
+    tied: str = "refuse"
+    """What becomes of a tied weight that a delta changes under one of its names: "refuse", "untie" or "both"."""
     undo: bool = False
     """Whether to keep what `peftc unmerge` restores the base from."""
 
@@ -60,6 +65,7 @@ class _Folded:
     plan: Plan
     fold: Fold
     read: Unfolded
+    settings: Settings = field(default_factory=Settings)
 
 
 def merge(
@@ -74,7 +80,7 @@ def merge(
     _check_places(directory, adapted, out)
     digests = delta_digests(adapted.delta)
     progress.step("fold")
-    folded = _fold(adapted, default_inputs(adapted.skeleton.model))
+    folded = _fold_for_checkpoint(adapted, options)
     plan = _plan_checkpoint(adapted, folded, options) if "hf" in options.export else None
     with atomic_directory(out, replace=True) as fresh:
         report = MergeReport(out, folded.fold.decisions, folded.plan)
@@ -88,7 +94,9 @@ def merge(
                 progress.step("keep what undoes it")
                 undo = _write_undo(adapted, fresh, plan, report.checkpoint, progress)
                 report.undo, report.files[UNDO] = undo.stat().st_size, file_digest(undo)
-            if options.outputs:
+            if options.outputs and _ties_changed(adapted, folded, options):
+                report.notes.append("outputs were not compared: a tied weight was changed on both sides, as asked")
+            elif options.outputs:
                 progress.step("compare with the unfolded model")
                 report.comparisons += compare_checkpoint(adapted, fresh, options.texts)
         if "onnx" in options.export:
@@ -103,7 +111,7 @@ def schedule(directory: Path, base: str | Path | None, progress: Progress, optio
     """What a merge would read and write, shard by shard. Raises as `merge` does before it writes."""
     adapted = Adapted.open(directory, base)
     progress.step("fold")
-    folded = _fold(adapted, default_inputs(adapted.skeleton.model))
+    folded = _fold_for_checkpoint(adapted, options)
     return ScheduleReport(directory, folded.fold.decisions, _plan_checkpoint(adapted, folded, options))
 
 
@@ -114,11 +122,57 @@ def _check_places(directory: Path, adapted: Adapted, out: Path) -> None:
     check_target(out, replace=True)
 
 
-def _fold(adapted: Adapted, specs: Mapping[str, InputSpec]) -> _Folded:
-    program, plan = adapted.rewritten(specs)
+def _fold(adapted: Adapted, specs: Mapping[str, InputSpec], skeleton: Skeleton | None = None) -> _Folded:
+    program, plan = adapted.rewritten(specs, skeleton)
     fold = Fold()
     fold.apply(program)
     return _Folded(program, plan, fold, adapted.tensors(plan))
+
+
+def _fold_for_checkpoint(adapted: Adapted, options: Options) -> _Folded:
+    """The fold into a checkpoint: where its class can have a bias that a fold needs, or tied names apart, it may."""
+    specs, skeleton = default_inputs(adapted.skeleton.model), adapted.skeleton
+    if "hf" not in options.export:
+        return _fold(adapted, specs)
+    untied = settings_for(skeleton, untie=True) if options.tied == "untie" else Settings()
+    if untied.apart:
+        skeleton = build_skeleton(adapted.base_class, untied.applied(skeleton.config), adapted.dtype)
+    folded = _fold(adapted, specs, skeleton)
+    biased = settings_for(skeleton, biases={d.lacks for d in folded.fold.decisions if d.lacks})
+    if biased.values or options.tied == "both":
+        folded.fold = Fold(Room(biased.biases, ties=options.tied != "both"))
+        folded.fold.apply(folded.program)
+    if options.tied == "both":
+        _refuse_doubled(adapted, folded)
+    if not _tied_and_touched(adapted, folded):
+        untied = Settings()  # nothing to take apart
+    folded.settings = replace(biased, values={**biased.values, **untied.values}, apart=untied.apart)
+    return folded
+
+
+def _tied_and_touched(adapted: Adapted, folded: _Folded) -> set[str]:
+    """Tied names that a fold changes."""
+    tied = tied_names(adapted.skeleton.model)
+    touched = {name for update in folded.fold.updates for name in update.touches}
+    return touched & {*tied, *tied.values()}
+
+
+def _refuse_doubled(adapted: Adapted, folded: _Folded) -> None:
+    """Refuse deltas at two of the modules that share a tensor: it would take both changes. Raises `PeftcError` E037."""
+    readers: dict[str, set[object]] = {}
+    for decision in folded.fold.decisions:
+        tap = decision.insertion.site.taps[decision.insertion.tap]
+        name = folded.program.parameter_name(tap.node) if decision.into is None else decision.into.weight_name
+        if decision.folds and name is not None:
+            readers.setdefault(name, set()).add(tap.user if decision.into is None else decision.into.node)
+    doubled = [name for name in _tied_and_touched(adapted, folded) if len(readers.get(name, ())) > 1]
+    if doubled:
+        message = f"deltas of two modules change {doubled[0]}, which is one tensor for both"
+        fail("E037", message, help="`--tied untie` writes two tensors")
+
+
+def _ties_changed(adapted: Adapted, folded: _Folded, options: Options) -> bool:
+    return options.tied == "both" and bool(_tied_and_touched(adapted, folded))
 
 
 def _plan_checkpoint(adapted: Adapted, folded: _Folded, options: Options) -> hf.CheckpointPlan:
@@ -128,10 +182,17 @@ def _plan_checkpoint(adapted: Adapted, folded: _Folded, options: Options) -> hf.
         skeleton=adapted.skeleton,
         program=folded.program,
         decisions=folded.fold.decisions,
-        folded=FoldedState(folded.read, folded.fold.updates, options.precision),
+        folded=FoldedState(_created(adapted, folded), folded.fold.updates, options.precision),
         trained=folded.plan.trained,
         max_shard=options.max_shard,
+        settings=folded.settings,
     )
+
+
+def _created(adapted: Adapted, folded: _Folded) -> Read:
+    """Reads zeros for parameters that the settings give the class."""
+    zeros, read, dtype = folded.settings.zeros, folded.read, adapted.skeleton.model.dtype
+    return lambda name: torch.zeros(zeros[name], dtype=dtype) if name in zeros else read(name)
 
 
 def _write_onnx(adapted: Adapted, fresh: Path, report: MergeReport, progress: Progress, options: Options) -> None:

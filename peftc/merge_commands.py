@@ -33,6 +33,14 @@ class Precision(str, Enum):
     float64 = "float64"
 
 
+class Tied(str, Enum):
+    """What becomes of a tied weight that a delta changes under one of its names."""
+
+    refuse = "refuse"
+    untie = "untie"
+    both = "both"
+
+
 class Certify(str, Enum):
     """What a certificate holds beside the record of every tensor."""
 
@@ -72,6 +80,10 @@ def merge(
     allow_unchanged: Annotated[
         bool, typer.Option("--allow-unchanged", help="Merge deltas that change nothing, too.")
     ] = False,
+    tied: Annotated[
+        Tied,
+        typer.Option("--tied", help="A tied weight that a delta changes on one side: refuse, untie, or change both."),
+    ] = Tied.refuse,
     undo: Annotated[
         bool, typer.Option("--undo", help="Keep what `peftc unmerge` restores the base's exact bytes from.")
     ] = False,
@@ -106,12 +118,13 @@ def merge(
                 "--certify tensors": certify is Certify.tensors,
                 "--allow-unchanged": allow_unchanged,
                 "--undo": undo,
+                "--tied": tied is not Tied.refuse,
                 "--dry-run": dry_run,
             }
             refuse_with_adapters([option for option, given in unfit.items() if given])
             report = driver.export_adapters([directory, *more], out, base=place, texts=texts, progress=progress)
         elif dry_run:
-            report = driver.merge_schedule(directory, base=place, max_shard=most, progress=progress)
+            report = driver.merge_schedule(directory, base=place, max_shard=most, tied=tied.value, progress=progress)
         else:
             report = driver.merge(
                 directory,
@@ -124,6 +137,7 @@ def merge(
                 texts=texts,
                 allow_unchanged=allow_unchanged,
                 undo=undo,
+                tied=tied.value,
                 progress=progress,
             )
     if not quiet:

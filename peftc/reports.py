@@ -244,6 +244,8 @@ class MergeReport:
     exported: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of every file of an export."""
+    notes: list[str] = field(default_factory=list)
+    """What the certificate does not hold, and why."""
     undo: int | None = None
     """Bytes of what restores the base."""
 
@@ -264,6 +266,8 @@ class MergeReport:
             report["untouched"] = c.copied
         if self.undo is not None:
             report["undo"] = self.undo
+        if self.notes:
+            report["notes"] = self.notes
         if self.onnx is not None:
             o = self.onnx
             report["onnx"] = {
@@ -285,6 +289,8 @@ class MergeReport:
         for what in dict.fromkeys((c.what, c.dtype) for c in self.comparisons):
             worst = max((c for c in self.comparisons if (c.what, c.dtype) == what), key=lambda c: c.absolute)
             console.print(f"{worst.what} ({worst.dtype}): largest difference {worst.absolute:.2e}, on {worst.inputs}")
+        for note in self.notes:
+            console.print(f"note: {note}")
         agreeing = [c.top1 for c in self.comparisons if c.top1 is not None]
         if agreeing:
             console.print(f"most likely token: the same at {100 * min(agreeing):.4g} % of places at least")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftc.backends.settings import Settings
 from peftc.backends.widened import Padding, widened_config
 from peftc.diagnostics import Diagnostic, PeftcError, fail
 from peftc.fold.stream import BLOCK, TensorChange, by_rows, whole
@@ -47,10 +48,18 @@ def refuse_kept(decisions: list[Decision]) -> None:
                 f"delta `{delta}` stays in the graph at {group[0].where}"
                 + (f" and {len(group) - 1} more" if len(group) > 1 else "")
                 + f" (node {group[0].node}): {reason}",
-                help="a plain transformers checkpoint cannot hold it; `--export onnx` keeps it as a subgraph",
+                help=_remedy(reason),
             )
             for (delta, reason), group in staying.items()
         )
+
+
+def _remedy(reason: str) -> str:
+    if " is tied" in reason:
+        return (
+            "`--tied untie` writes two tensors, `--tied both` changes the one; `--export onnx` keeps it as a subgraph"
+        )
+    return "a plain transformers checkpoint cannot hold it; `--export onnx` keeps it as a subgraph"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +93,27 @@ def plan_checkpoint(
     folded: FoldedState,
     trained: Collection[str] = (),
     max_shard: int | None = None,
+    settings: Settings | None = None,
 ) -> CheckpointPlan:
     """What to write, with nothing read but headers.
 
     `folded` gives every tensor of the folded model; `trained` are base tensors that the rule trained as they are.
-    Shards are laid out as the base's, or of at most `max_shard` bytes. Raises `PeftcError` E037 when the checkpoint
+    Shards are laid out as the base's, or of at most `max_shard` bytes. `settings` are those under which the class has
+    parameters that it lacks. Raises `PeftcError` E037 when the checkpoint
     has no place for a tensor that changes.
     """
+    settings = settings or Settings()
     config, padding = widened_config(skeleton, program, decisions)
+    config = settings.applied(config)
     names = key_map(skeleton.model, source.shapes())
     touched = {*folded.touched, *trained, *padding}
     _refuse_converted(names.converted, touched)
-    tensors = _Tensors(source, names, folded, frozenset(trained), padding, touched)
+    tensors = _Tensors(source, names, folded, frozenset(trained), padding, touched, settings.apart)
     pieces = {key: tensors.piece(key) for key in source.tensors if key not in names.mismatched}
     added = [Piece(tensors.head(state)) for state in (*names.missing, *names.mismatched)]
+    added += [Piece(tensors.copy(state)) for state in tensors.own]
+    code = dtype_code(skeleton.model.dtype)
+    added += [Piece(TensorSpec(name, code, shape)) for name, shape in settings.zeros.items()]
     if max_shard is None:
         shards = same_layout(source.headers, pieces, added)
     else:
@@ -171,10 +187,17 @@ class _Tensors:
     trained: frozenset[str]
     padding: Mapping[str, Padding]
     touched: set[str]
+    apart: frozenset[str] = frozenset()
+    """Tied names that the new checkpoint takes apart."""
     changed: dict[str, str] = field(init=False)
+    own: dict[str, str] = field(init=False)
+    """Names that become tensors of their own, and the stored tensor that each is made from."""
 
     def __post_init__(self) -> None:
-        aliases = [*self.names.tied.items(), *self.names.stored_twice.items()]
+        tied, keys = self.names.tied, self.names.state_to_checkpoint
+        self.own = {state: keys[owner] for state, owner in tied.items() if self.apart & {state, owner}}
+        aliases = [*tied.items(), *self.names.stored_twice.items()]
+        aliases = [pair for pair in aliases if not self.apart.intersection(pair)]
         holder = {state: state for state in self.touched}
         for state, owner in aliases:
             for one, other in ((state, owner), (owner, state)):
@@ -199,9 +222,17 @@ class _Tensors:
         shape = self.folded.shape(state, tuple(tensor.shape))
         return TensorSpec(state, dtype_code(tensor.dtype), shape)
 
+    def copy(self, state: str) -> TensorSpec:
+        """A tied name as a tensor of its own."""
+        info = self.source.tensors[self.own[state]][1]
+        return TensorSpec(state, info.dtype, self.folded.shape(state, info.shape))
+
     def blocks(self, spec: TensorSpec, worker: Worker, done: Callable[[TensorChange], None]) -> Iterator[memoryview]:
         """The bytes of a tensor that is not copied."""
         key = spec.name
+        source = self.own.get(key)
+        if source is not None and key not in self.trained and self.folded.by_rows(key):
+            return by_rows(self.source.tensors[source][0], source, self.folded, key, worker, done, key)
         state = self.changed.get(key)
         if state is None:
             return whole(None, key, self._exact(key), torch_dtype(spec.dtype), done)
@@ -220,6 +251,8 @@ class _Tensors:
     def working_set(self, piece: Piece) -> int:
         key = piece.spec.name
         state = self.changed.get(key)
+        if key in self.own and self.folded.by_rows(key):
+            return BLOCK * 4 * 4
         elements = piece.spec.nbytes // max(1, torch_dtype(piece.spec.dtype).itemsize)
         if state is not None and self._goes_by_rows(key, state):
             elements = min(elements, BLOCK)

@@ -14,8 +14,8 @@ whose numbers would have to move past it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -49,6 +49,8 @@ class Decision:
     reads_x: bool = False
     offset: bool = False
     widening: Widening | None = None
+    lacks: str = ""
+    """The weight beside which it needs a bias that is not there."""
     met: tuple[Insertion, ...] = ()
     """Ledger entries between the tap and the linear, and (from the input's side) those that read h'."""
 
@@ -62,9 +64,19 @@ class Decision:
         return self.result in ("merged", "widened")
 
 
-def decide(program: Program) -> list[Decision]:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a result has beyond the program's own tensors: for a weight's name the bias to be created beside it, and,
+    without `ties`, no need that all names of a tied tensor mean what they meant."""
+
+    biases: Mapping[str, str] = field(default_factory=dict)
+    ties: bool = True
+
+
+def decide(program: Program, room: Room | None = None) -> list[Decision]:
     """One decision for each ledger entry, in ledger order."""
-    reach = Reach(program)
+    room = room or Room()
+    reach = Reach(program, ties=room.ties, biases=room.biases)
     decisions = [_decide(reach, insertion) for insertion in program.ledger]
     settled = False
     while not settled:
@@ -170,7 +182,10 @@ def _merged(
     met: tuple[Insertion, ...],
 ) -> Decision:
     if kind.offset and linear.bias_name is None:
-        return _kept(insertion, f"it adds a bias, and `{short_name(linear)}` has none")
+        if linear.weight_name not in reach.biases:
+            kept = _kept(insertion, f"it adds a bias, and `{short_name(linear)}` has none")
+            return replace(kept, lacks=linear.weight_name)
+        linear = replace(linear, bias_name=reach.biases[linear.weight_name])
     blocked = reach.shared([linear], _alike(reach, insertion, side)) or (
         reach.shared_rows(insertion, linear) if side == "output" else ""
     )

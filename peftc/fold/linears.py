@@ -6,7 +6,7 @@ from a tap crosses views, pieces of fused projections, and the places where othe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,8 +46,12 @@ def short_name(linear: Linear) -> str:
 class Reach:
     """Searches over one program as it stands; make a new one after the graph has changed."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, ties: bool = True, biases: Mapping[str, str] | None = None) -> None:
+        """Without `ties`, a tensor that has several names may change under all of them. `biases` names the bias that
+        may be created beside a weight."""
         self.program = program
+        self._ties = ties
+        self.biases = biases or {}
         self.writers = {entry.written: entry for entry in program.ledger}
         self.owner = {node: entry for entry in program.ledger for node in entry.nodes}
         linears = [linear for site in program.sites for linear in site.linears.values()]
@@ -168,10 +172,13 @@ class Reach:
 
     def used_elsewhere(self, name: str, placeholder: fx.Node, alike: Collection[fx.Node] = frozenset()) -> str:
         """The other places that read a parameter, under its own name or one it is tied to, or ""."""
+        if not self._ties and name in {*self.program.tied, *self.program.tied.values()}:
+            return ""
         places = self._readers(placeholder)
         if len(places) > 1 and not places <= set(alike):
             where = ", ".join(sorted({module_path(p) for p in places}))
-            return f"{name} is used in {len(places)} places ({where}), and a checkpoint has one tensor for all of them"
+            used = f"{name} is used in {len(places)} places ({where}), and a checkpoint has one tensor for all of them"
+            return used + ("; it is tied" if name in {*self.program.tied, *self.program.tied.values()} else "")
         first = self.program.tied.get(name, name)
         for other, node in self.program.placeholders("parameter").items():
             if other != name and self.program.tied.get(other, other) == first and self._readers(node):

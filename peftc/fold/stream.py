@@ -80,9 +80,16 @@ def _square(tensor: torch.Tensor) -> float:
 
 
 def by_rows(
-    header: Header, key: str, folded: FoldedState, name: str, worker: Worker, done: Callable[[TensorChange], None]
+    header: Header,
+    key: str,
+    folded: FoldedState,
+    name: str,
+    worker: Worker,
+    done: Callable[[TensorChange], None],
+    new: str | None = None,
 ) -> Iterator[memoryview]:
-    """The folded tensor `name`, stored as `key`, in blocks of rows; `done` is told at the end.
+    """The folded tensor `name`, stored as `key`, in blocks of rows; `done` is told at the end, under the name `new`
+    where what is written is another tensor than `key`.
 
     Raises `PeftcError` E031, and E042 where a block holds NaN or infinity.
     """
@@ -96,7 +103,7 @@ def by_rows(
         worker.do(tally.after.update, block)
         yield block
     worker.finish()
-    done(tally.result(key, info.dtype))
+    done(tally.result(new or key, info.dtype))
 
 
 def whole(

@@ -30,4 +30,4 @@ def test_rows_of_a_tied_embedding_are_kept_for_the_head_reads_them_too(tmp_path:
     (fold,) = driver.plan("trainable_tokens", tmp_path, {"ids": "3,40"}).to_json()["folds"]
     assert (fold["result"], fold["sites"]) == ("kept", 1)
     used = "lm_head.weight is used in 2 places (lm_head, model.embed_tokens)"
-    assert fold["reason"] == f"{used}, and a checkpoint has one tensor for all of them"
+    assert fold["reason"] == f"{used}, and a checkpoint has one tensor for all of them; it is tied"
