@@ -122,6 +122,9 @@ class Session:
         self._check_inputs(inputs)
         feeds = {name: np.asarray(value) for name, value in inputs.items()}
         wanted = list(self.outputs if outputs is None else outputs)
+        for name in wanted:
+            if name not in self.outputs:
+                fail("E092", f"the model has no output `{name}`", help=did_you_mean(name, self.outputs))
         try:
             values = self._session.run(wanted, feeds, options)
         except ort_errors() as error:
