@@ -185,6 +185,7 @@ app.command("import", epilog="Example: [bold]peftc import my-lora --model MODEL_
     interop_commands.import_
 )
 app.command(epilog="Example: [bold]peftc extract BASE TUNED --rank 16[/bold]")(merge_commands.extract)
+app.command(epilog="Example: [bold]peftc export peftc-out --to peft -o my-lora[/bold]")(interop_commands.export)
 app.command(epilog="Example: [bold]peftc check mine.yaml --model MODEL_DIR[/bold]")(commands.check)
 app.command(epilog="Example: [bold]peftc test mine.yaml -k decoder[/bold]")(commands.test)
 app.command(epilog="Example: [bold]peftc explain E012[/bold]")(commands.explain)

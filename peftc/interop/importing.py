@@ -64,7 +64,7 @@ def import_adapter(
     rows = rows_of(adapter, method, layout.modules, base.program)
     text = rule_text(method, rows, adapter.config, trained, base)
     plan = rewrite(base.program, parse_rule(text, RULE), fresh=new_parameters(directory, base.skeleton))
-    sources = {**_delta_sources(adapter, layout, rows, plan), **_base_sources(adapter, trained, plan, base)}
+    sources = {**_delta_sources(adapter, rows, plan), **_base_sources(adapter, trained, plan, base)}
     progress.step(f"write {out}")
     _write(Path(out), adapter, base, plan, sources, progress)
     return ImportReport(Path(out), adapter.path, method, plan, base.skeleton.model.__class__.__name__, sources)
@@ -95,13 +95,12 @@ def _is_base(value: torch.Tensor, weights: BaseWeights, name: str) -> bool:
     return own.shape == value.shape and own.equal(value.to(own.dtype))
 
 
-def _delta_sources(adapter: Adapter, layout: Layout, rows: Mapping[str, Row], plan: Plan) -> dict[str, Source]:
+def _delta_sources(adapter: Adapter, rows: Mapping[str, Row], plan: Plan) -> dict[str, Source]:
     """Where each parameter of the plan's deltas comes from. Raises `PeftcError` E082: another shape."""
-    modules = {(module.path, module.wraps): module for module in layout.modules}
     found: dict[str, Source] = {}
     for edit in plan.edits:
         row = rows[edit.delta.name]
-        module = modules.get((edit.site.path, row.wraps))
+        module = row.modules.get(edit.site.path)
         for name, parameter in edit.parameters.items():
             if parameter is not None and parameter.name not in found:
                 found[parameter.name] = _source(adapter, row.layer.tensors[name], module, edit, parameter.shape)

@@ -30,28 +30,29 @@ class Source:
 
 def viewed_shape(view: View, stored: Shape, sizes: Mapping[str, Scalar]) -> Shape | None:
     """The shape of what `view` shows of a tensor of shape `stored`; None where it does not fit."""
-    shape = tuple(_whole(size, sizes) for size in view.shape) or stored
+    shape = tuple(whole(size, sizes) for size in view.shape) or stored
     if math.prod(shape) != math.prod(stored):
         return None
     if view.take:
-        cut = _cut(view, sizes)
-        if len(cut) > len(shape) or any(not _within(part, size) for part, size in zip(cut, shape, strict=False)):
+        parts = cut(view, sizes)
+        if len(parts) > len(shape) or any(not _within(part, size) for part, size in zip(parts, shape, strict=False)):
             return None
-        left = [len(range(size)[part]) for part, size in zip(cut, shape, strict=False) if isinstance(part, slice)]
-        shape = (*left, *shape[len(cut) :])
+        left = [len(range(size)[part]) for part, size in zip(parts, shape, strict=False) if isinstance(part, slice)]
+        shape = (*left, *shape[len(parts) :])
     return tuple(shape[axis] for axis in view.order) if view.order else shape
 
 
 def viewed(view: View, tensor: torch.Tensor, sizes: Mapping[str, Scalar]) -> torch.Tensor:
     """What `view` shows of a tensor; shares its memory where it can."""
     if view.shape:
-        tensor = tensor.reshape([_whole(size, sizes) for size in view.shape])
+        tensor = tensor.reshape([whole(size, sizes) for size in view.shape])
     if view.take:
-        tensor = tensor[_cut(view, sizes)]
+        tensor = tensor[cut(view, sizes)]
     return tensor.permute(view.order) if view.order else tensor
 
 
-def _cut(view: View, sizes: Mapping[str, Scalar]) -> tuple[int | slice, ...]:
+def cut(view: View, sizes: Mapping[str, Scalar]) -> tuple[int | slice, ...]:
+    """Which entries of each axis `view` takes; () for all of all."""
     return tuple(_part(part, sizes) for part in view.take)
 
 
@@ -59,15 +60,16 @@ def _part(part: Expr | tuple[Expr, Expr] | None, sizes: Mapping[str, Scalar]) ->
     if part is None:
         return slice(None)
     if isinstance(part, tuple):
-        return slice(_whole(part[0], sizes), _whole(part[1], sizes))
-    return _whole(part, sizes)
+        return slice(whole(part[0], sizes), whole(part[1], sizes))
+    return whole(part, sizes)
 
 
 def _within(part: int | slice, size: int) -> bool:
     return part.stop is None or part.stop <= size if isinstance(part, slice) else 0 <= part < size
 
 
-def _whole(size: Expr, sizes: Mapping[str, Scalar]) -> int:
+def whole(size: Expr, sizes: Mapping[str, Scalar]) -> int:
+    """The value of a size."""
     value = evaluate_static(size, sizes)
     assert isinstance(value, int), size.text
     return value

@@ -47,3 +47,27 @@ class ImportReport:
         if self.plan.trained:
             console.print(f"  parameters of the base: {len(self.plan.trained)}")
         console.print(f"{self.plan.stored_count:,} numbers -> [bold]{self.path}[/bold]", highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """A delta directory that became an adapter."""
+
+    path: Path
+    delta: Path
+    peft_type: str
+    modules: int
+    trained_base: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.path),
+            "delta": str(self.delta),
+            "peft_type": self.peft_type,
+            "modules": self.modules,
+            "trained_base": self.trained_base,
+        }
+
+    def render(self, console: Console) -> None:
+        also = f", {len(self.trained_base)} parameters of the base" if self.trained_base else ""
+        console.print(f"{self.peft_type} adapter, {self.modules} modules{also} -> [bold]{self.path}[/bold]")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peftc.diagnostics import did_you_mean, fail
@@ -23,18 +23,48 @@ def rows_of(adapter: Adapter, method: Method, modules: Sequence[Module], program
 
     Raises `PeftcError`: E080, E081 (numbers), E082, a module that the model lacks or that lacks a tensor.
     """
-    groups: dict[tuple[Any, ...], list[Site]] = {}
-    for module in modules:
+    groups: dict[tuple[Any, ...], tuple[list[Site], dict[str, Module]]] = {}
+    for module in _without_twins(adapter, method, modules, program):
         layer, sites = _placed(adapter, method, module, program)
         values = {name: _value(adapter, layer, module, entry, sites[0]) for name, entry in layer.values.items()}
-        sizes = tuple(sites[0].dims[name] for name in layer.apart)
-        groups.setdefault((layer, tuple(values.items()), sizes, module.wraps), []).extend(sites)
+        apart = (module.path,) if layer.tied else tuple(sites[0].dims[name] for name in layer.apart)
+        key = (layer, tuple(values.items()), apart, module.wraps)
+        places, found = groups.setdefault(key, ([], {}))
+        places += sites
+        found |= {site.path: module for site in sites}
     _refuse_absent(adapter, method, modules, program)
-    found: dict[str, Row] = {}
-    for (layer, values, _, wraps), sites in groups.items():
-        name = method.rule if not found else f"{method.rule}_{len(found) + 1}"
-        found[name] = Row(layer, dict(values), tuple(sites), wraps=wraps)
-    return found
+    rows: dict[str, Row] = {}
+    for (layer, values, _, wraps), (sites, found) in groups.items():
+        name = method.rule if not rows else f"{method.rule}_{len(rows) + 1}"
+        rows[name] = Row(layer, dict(values), tuple(sites), wraps=wraps, modules=found)
+    return rows
+
+
+def _without_twins(adapter: Adapter, method: Method, modules: Sequence[Module], program: Program) -> Iterator[Module]:
+    """The modules, less those that only repeat what a module with a tied weight has. Raises E082 where they differ."""
+    embeddings = {module.path: module for module in modules if _sites(program, module.path, "embedding")}
+    for module in modules:
+        layers = list(candidates(method, frozenset(module.keys), adapter.config))
+        if module.path in embeddings or not any(layer.tied for layer in layers):
+            yield module
+            continue
+        own = next((m for path, m in embeddings.items() if module.path in _tied_paths(program, path)), None)
+        if own is None or own.keys.keys() != module.keys.keys():
+            yield module
+        elif any(not adapter.read(own.keys[name]).equal(adapter.read(module.keys[name])) for name in own.keys):
+            message = f"{adapter.path}: {module.first} and {own.first} differ, and are of one tied weight"
+            fail("E082", message, help="save the adapter again")
+
+
+def _sites(program: Program, path: str, kind: str) -> list[Site]:
+    return [site for site in program.sites if site.path == path and site.kind == kind]
+
+
+def _tied_paths(program: Program, path: str) -> set[str]:
+    """The modules whose weight is tied to that of the module at `path`, with it."""
+    owner = program.tied.get(f"{path}.weight", f"{path}.weight")
+    names = {owner, *(name for name, first in program.tied.items() if first == owner)}
+    return {name.removesuffix(".weight") for name in names}
 
 
 def _placed(adapter: Adapter, method: Method, module: Module, program: Program) -> tuple[Layer, list[Site]]:
@@ -43,12 +73,11 @@ def _placed(adapter: Adapter, method: Method, module: Module, program: Program) 
     layers = list(candidates(method, suffixes, adapter.config))
     if not layers:
         _refuse_suffixes(adapter, method, module, suffixes)
-    here = [site for site in program.sites if site.path == module.path]
-    found = [(layer, [site for site in here if site.kind == layer.at]) for layer in layers]
+    found = [(layer, _sites(program, module.path, layer.at)) for layer in layers]
     placed = [(layer, sites) for layer, sites in found if sites]
     for layer, sites in placed:
         if all(_fits(adapter, module.keys[layer.tensors[name].key], layer.fits[name], sites[0]) for name in layer.fits):
-            return layer, sites
+            return layer, _with_tied(program, sites) if layer.tied else sites
     if placed:
         key, site = module.first, placed[0][1][0]
         message = f"{adapter.path}: {key} is {list(adapter.tensors[key].shape)}, which does not fit {site.describe()}"
@@ -74,6 +103,11 @@ def _refuse_absent(adapter: Adapter, method: Method, modules: Sequence[Module], 
             fail("E082", message, help="the file is not whole, or the adapter was made for a smaller model")
 
 
+def _with_tied(program: Program, sites: list[Site]) -> list[Site]:
+    paths = _tied_paths(program, sites[0].path)
+    return [site for site in program.sites if site.path in paths and site.kind in ("embedding", "linear")]
+
+
 def _fits(adapter: Adapter, key: str, shape: Sequence[Expr], site: Site) -> bool:
     return adapter.tensors[key].shape == tuple(evaluate_static(size, site.dims) for size in shape)
 
@@ -92,8 +126,9 @@ def _value(adapter: Adapter, layer: Layer, module: Module, entry: Any, site: Sit
     """A number of the row, for one module."""
     if not isinstance(entry, Mapping):
         return entry
-    if "indices" in entry:
-        return indices(adapter, entry["indices"], module.path)
+    if "indices" in entry or "count" in entry:
+        found = indices(adapter, entry.get("indices") or entry["count"], module.path)
+        return found if "indices" in entry else len(found)
     if "option" in entry:
         return number(adapter, entry, module.path)
     *over, parameter, axis = entry.get("size") or entry["over"]

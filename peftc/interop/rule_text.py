@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from peftc.interop.base import Base
 from peftc.interop.names import shortened
-from peftc.interop.table import Layer, Method
+from peftc.interop.table import Layer, Method, methods
 from peftc.ir.sites import Site
 
 
@@ -37,6 +37,13 @@ class Row:
     """What `modify` is where the table leaves it open."""
     wraps: int = 0
     """Adapters of other parameters inside those of this row."""
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    """The adapter's module for the path of each site."""
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of its sites."""
+        return list(dict.fromkeys([self.layer.at, *(site.kind for site in self.sites)]))
 
 
 def rule_text(
@@ -55,6 +62,23 @@ def rule_text(
     return yaml.dump(rule, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
 
 
+def layer_text(peft_type: str, index: int, flags: Mapping[str, bool], listed: str = "") -> str:
+    """A rule with one row, a layer of the table: its expressions are those of an import, its numbers mean nothing.
+
+    `listed` is what the row calls a list of numbers.
+    """
+    method = methods()[peft_type]
+    layer = method.layers[index]
+    words = {name: choice[str(flags[choice["option"]]).lower()] for name, choice in method.words.items()}
+    numbers = {
+        name: (0,) if isinstance(entry, Mapping) and "indices" in entry else 1 for name, entry in layer.values.items()
+    }
+    hyper: dict[str, Any] = {}
+    row = _row(method.rule, Row(layer, numbers, ()), words, hyper, (), listed)
+    rule = {"peftc": 1, "name": method.rule, "hyper": hyper, "deltas": {method.rule: {**row, "where": {}}}}
+    return yaml.dump(rule, Dumper=_Dumper, sort_keys=False)
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes no anchors: a rule says everything where it stands."""
 
@@ -62,14 +86,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _row(name: str, row: Row, words: Mapping[str, str], hyper: dict[str, Any], sites: Sequence[Site]) -> dict[str, Any]:
-    kind = row.layer.at
-    paths = {site.path for site in sites if site.kind == kind}
-    found: dict[str, Any] = {"at": kind}
-    if kind not in ("model", "attention"):
+def _row(
+    name: str, row: Row, words: Mapping[str, str], hyper: dict[str, Any], sites: Sequence[Site], given: str = ""
+) -> dict[str, Any]:
+    """A row as it is written; `given` is what it calls a list of numbers, where not after its own name."""
+    kinds = row.kinds
+    paths = {site.path for site in sites if site.kind in kinds}
+    found: dict[str, Any] = {"at": kinds[0] if len(kinds) == 1 else kinds}
+    if row.layer.at not in ("model", "attention"):
         found["where"] = {"path": shortened((site.path for site in row.sites), paths)}
     listed = {key: value for key, value in row.values.items() if isinstance(value, tuple)}  # a list is no argument
-    names = {key: f"{key}_{name}" for key in listed}
+    names = {key: given or f"{key}_{name}" for key in listed}
     hyper |= {names[key]: {"default": list(value)} for key, value in listed.items()}
     found |= {key: _filled(value, {**words, **names}) for key, value in row.layer.row.items()}
     if row.tap:

@@ -48,6 +48,19 @@ class Layer:
     """Shapes that stored tensors must have, over the sizes of the site."""
     apart: tuple[str, ...] = ()
     """Sizes of sites that are never different within a row."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Options that an export gives an adapter with such layers."""
+    lists: str = ""
+    """An option that lists the modules with such a layer."""
+    tied: bool = False
+    """Whether the layer changes weights that are tied to its own, too."""
+    targets: bool = True
+    """Whether `target_modules` lists the modules with such a layer."""
+
+    @property
+    def scale(self) -> str | None:
+        """The name of the number by which dh is multiplied, where that may be any."""
+        return "alpha" if "alpha" in self.values else None
 
     @property
     def suffixes(self) -> frozenset[str]:
@@ -66,6 +79,8 @@ class Method:
     options: Mapping[str, Any]
     words: Mapping[str, Mapping[str, str]]
     layers: tuple[Layer, ...]
+    trains: Mapping[str, str] = field(default_factory=dict)
+    """Parameters of the base that the method trains as they are: of sites of which kind, saved behind which word."""
 
     @property
     def suffixes(self) -> list[str]:
@@ -85,14 +100,25 @@ def methods() -> dict[str, Method]:
 def _method(name: str, entry: Mapping[str, Any], common: Mapping[str, Any]) -> Method:
     layers = tuple(_layer(layer) for layer in entry["layers"])
     options = {**common, **entry["options"]}
-    return Method(name, entry["rule"], entry["doc"], entry["paper"], options, entry.get("words", {}), layers)
+    return Method(
+        name,
+        entry["rule"],
+        entry["doc"],
+        entry["paper"],
+        options,
+        entry.get("words", {}),
+        layers,
+        entry.get("trains", {}),
+    )
 
 
 def _layer(entry: Mapping[str, Any]) -> Layer:
     tensors = {name: _view(view) for name, view in entry["tensors"].items()}
     fits = {name: tuple(static(size) for size in shape) for name, shape in entry.get("fits", {}).items()}
     values, when, apart = entry.get("values", {}), entry.get("when", {}), tuple(entry.get("apart", ()))
-    return Layer(entry["at"], tensors, entry["row"], values, when, fits, apart)
+    tied, targets = entry.get("tied", False), entry.get("targets", True)
+    config, lists = entry.get("config", {}), entry.get("lists", "")
+    return Layer(entry["at"], tensors, entry["row"], values, when, fits, apart, config, lists, tied, targets)
 
 
 def _view(entry: str | Mapping[str, Any]) -> View:

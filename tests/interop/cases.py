@@ -70,6 +70,10 @@ CASES: Mapping[str, Case] = {
     "LoRA, biases of its layers trained": Case(_lora(bias="lora_only"), ("bert", "gpt2")),
     "LoRA on the embedding": Case(_embeddings, unmerged=("gpt2",)),
     "LoRA, modules_to_save": Case(_saving),
+    "LoRA and trainable tokens": Case(_lora(trainable_token_indices=[5, 3, 60]), unmerged=("gpt2",)),
+    "trainable tokens": Case(
+        _of("TrainableTokensConfig", lambda f: [EMBEDDING[f]], token_indices=[5, 3, 60]), unmerged=("gpt2",)
+    ),
     "DoRA": Case(_lora(use_dora=True)),
     "(IA)3": Case(_ia3),
     "LayerNorm tuning": Case(_of("LNTuningConfig", lambda f: [NORM[f]])),

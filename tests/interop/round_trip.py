@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 if __name__ == "__main__":
@@ -20,12 +21,15 @@ if __name__ == "__main__":
 
 import peftc
 from interop.cases import CASES
-from interop.subjects import Made, made, model, says, slope
+from interop.subjects import Made, loaded, made, model, says, slope
 from peftc import driver
+from peftc.interop.export import export_adapter
 from peftc.interop.importing import import_adapter
 from peftc.interop.reading import viewed
 from peftc.interop.report import ImportReport
 from peftc.store.model_dir import ModelDir
+
+FILES = ("rule.yaml", "delta.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,10 @@ class Measured:
     imported: float
     gradients: float | None
     merged: float | None
+    exported: float
+    """PEFT's own outputs, of the adapter that was saved and of the one that came back."""
+    stored: bool
+    """Whether the adapter that came back holds the same tensors, and imports to the same bytes."""
 
 
 def measure(case: str, family: str, place: Path) -> Measured:
@@ -45,12 +53,23 @@ def measure(case: str, family: str, place: Path) -> Measured:
     report = import_adapter(theirs.adapter, place / "delta", model_dir=theirs.base)
     ours = peftc.load(place / "delta")
     expected = says(theirs.model).detach()
+    export_adapter(place / "delta", place / "back")
+    back = says(loaded(family, place / "back")).detach()
     return Measured(
         apart(expected, says(model(family))),
         apart(expected, says(ours)),
         _slopes(ours, theirs, report),
         None if family in CASES[case].unmerged else _merged(theirs, place),
+        apart(expected, back),
+        _came_back(theirs, place),
     )
+
+
+def _came_back(theirs: Made, place: Path) -> bool:
+    saved, back = (load_file(folder / "adapter_model.safetensors") for folder in (theirs.adapter, place / "back"))
+    import_adapter(place / "back", place / "again", model_dir=theirs.base)
+    same = all((place / "delta" / n).read_bytes() == (place / "again" / n).read_bytes() for n in FILES)
+    return same and all(name in saved and torch.equal(value, saved[name]) for name, value in back.items())
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -88,13 +107,14 @@ def _merged(theirs: Made, place: Path) -> float:
 
 def main() -> None:
     """Print the table."""
-    print("| method | model | outputs | gradients | merged weights |\n|---|---|---|---|---|")
+    print("| adapter | model | outputs | gradients | merged weights | back in PEFT | same bytes |\n" + 7 * "|---" + "|")
     for name, case in CASES.items():
         for family in case.families:
             with tempfile.TemporaryDirectory() as place:
                 found = measure(name, family, Path(place))
-            figures = (found.imported, found.gradients, found.merged)
-            print(f"| {name} | {family} | " + " | ".join("" if f is None else f"{f:.1e}" for f in figures) + " |")
+            figures = (found.imported, found.gradients, found.merged, found.exported)
+            shown = ["" if figure is None else f"{figure:.0e}" if figure else "0" for figure in figures]
+            print("| " + " | ".join([name, family, *shown, "yes" if found.stored else "no"]) + " |", flush=True)
 
 
 if __name__ == "__main__":

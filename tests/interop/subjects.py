@@ -104,10 +104,22 @@ def _made(family: str, config: Any, place: Path) -> Made:
     fresh = peft.get_peft_model(model(family), config, autocast_adapter_dtype=False).double()
     _randomize(fresh)
     fresh.save_pretrained(adapter)
-    loaded = peft.PeftModel.from_pretrained(model(family), adapter, is_trainable=True, autocast_adapter_dtype=False)
-    loaded = loaded.double().eval()
-    trained = {_key(name): value for name, value in loaded.named_parameters() if value.requires_grad}
-    return Made(family, base, adapter, loaded, trained)
+    again = loaded(family, adapter)
+    trained = {_key(name): value for name, value in again.named_parameters() if value.requires_grad}
+    return Made(family, base, adapter, again, trained)
+
+
+def loaded(family: str, adapter: Path) -> Any:
+    """The model with an adapter of a directory, as PEFT loads it; it trains where PEFT lets a loaded one."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = peft.PeftModel.from_pretrained(
+            model(family), adapter, is_trainable=not config.is_prompt_learning, autocast_adapter_dtype=False
+        )
+    return found.double().eval()
 
 
 def _randomize(subject: Any) -> None:

@@ -1,4 +1,4 @@
-"""Adapters that PEFT makes: imported, they compute and learn what PEFT's do, and merge into the same weights."""
+"""Adapters that PEFT makes, there and back: the same outputs, gradients, merged weights, and the same bytes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ MARKED = [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for
 
 
 @pytest.mark.parametrize(("name", "family"), MARKED)
-def test_imported_adapter_computes_learns_and_merges_as_in_peft(name: str, family: str, tmp_path: Path) -> None:
+def test_imported_adapter_computes_learns_merges_and_comes_back(name: str, family: str, tmp_path: Path) -> None:
     found = measure(name, family, tmp_path)
     assert found.effect > 1e-2, "the adapter changes nothing here, so equality would prove nothing"
     assert found.imported <= WORST
     assert found.gradients is None or found.gradients <= WORST
     assert found.merged is None or found.merged <= WORST
+    assert found.exported <= WORST
+    assert found.stored
