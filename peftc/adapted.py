@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftc.agreement import check_same
 from peftc.frontend.trace import InputSpec, Skeleton, build_skeleton
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.api import check_fingerprint, load, load_base, new_parameters
@@ -27,6 +28,7 @@ from peftc.store.safetensors_io import torch_dtype
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from peftc.frontend.cache import CacheLayout
     from peftc.ir.program import Program
     from peftc.plan import Plan
 
@@ -62,11 +64,19 @@ class Adapted:
         """Parameters that the base does not hold: a new head."""
         return new_parameters(self.base, self.skeleton)
 
-    def rewritten(self, specs: Mapping[str, InputSpec], skeleton: Skeleton | None = None) -> tuple[Program, Plan]:
-        """The rewritten program for these inputs, and what was planned. Raises `PeftcError` E038, E040, and what the
-        rule says."""
-        program = analyse(skeleton or self.skeleton, specs)
-        plan = rewrite(program, self.delta.rule, fresh=self.fresh)
+    def rewritten(
+        self,
+        specs: Mapping[str, InputSpec],
+        skeleton: Skeleton | None = None,
+        layout: CacheLayout | None = None,
+        like: Plan | None = None,
+    ) -> tuple[Program, Plan]:
+        """The rewritten program for these inputs, and what was planned. A later trace, with a cache of this `layout`,
+        is planned `like` the first. Raises `PeftcError` E038, E040, and what the rule says."""
+        program = analyse(skeleton or self.skeleton, specs, None, layout)
+        plan = rewrite(program, self.delta.rule, fresh=self.fresh, like=like)
+        if like is not None:
+            check_same(like, plan)
         check_names(
             self.delta.path,
             self.delta.header.tensors,

@@ -117,6 +117,10 @@ def merge(
     allow_unchanged: bool = False,
     undo: bool = False,
     tied: str = "refuse",
+    opset: int | None = None,
+    dtype: str | None = None,
+    optimize: str | None = None,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold a delta directory into its base and write the result to `out`, with a certificate.
@@ -125,14 +129,20 @@ def merge(
     `texts` what the outputs are compared on beside random inputs; without `outputs` only tensors are certified. With
     `undo`, what `unmerge` restores the base from is kept beside the checkpoint. `tied` says what becomes of a tied
     weight that a delta changes under one of its names: "refuse", "untie" or "both".
+    `opset`, `dtype` ("float16"), `optimize` ("ort", "portable") and `cache` are those of an ONNX export
+    (`peftc.exporting.OnnxOptions`).
     """
     import torch
 
+    from peftc.exporting import OnnxOptions
     from peftc.merge import Options
     from peftc.merge import merge as run
 
-    dtype: torch.dtype = getattr(torch, precision)
-    options = Options(frozenset(export or {"hf"}), dtype, max_shard, outputs, tuple(texts), allow_unchanged, tied, undo)
+    exact: torch.dtype = getattr(torch, precision)
+    onnx = OnnxOptions(opset, None if dtype is None else getattr(torch, dtype), optimize, cache)
+    options = Options(
+        frozenset(export or {"hf"}), exact, max_shard, outputs, tuple(texts), allow_unchanged, tied, undo, onnx
+    )
     return run(Path(directory), Path(out), base=base, progress=progress or NullProgress(), options=options)
 
 

@@ -16,16 +16,15 @@ import torch
 
 from peftc.adapted import Adapted
 from peftc.backends import hf, onnx
-from peftc.backends.onnx_weights import FoldedWeights
 from peftc.backends.settings import Settings, settings_for
 from peftc.certificate import CERTIFICATE, certificate, delta_digests, file_digest, refuse_nothing, refuse_unread
 from peftc.certify import refuse_failed
 from peftc.comparing import compare_checkpoint
 from peftc.comparing_onnx import compare_onnx
 from peftc.diagnostics import fail
+from peftc.exporting import OnnxOptions, export_onnx
 from peftc.fold.decide import Room
 from peftc.fold.evaluate import Read
-from peftc.fold.program_state import folded_program
 from peftc.fold.state import FoldedState
 from peftc.frontend.trace import InputSpec, Skeleton, build_skeleton, default_inputs, tied_names
 from peftc.passes.fold import Fold
@@ -55,6 +54,7 @@ class Options:
     """What becomes of a tied weight that a delta changes under one of its names: "refuse", "untie" or "both"."""
     undo: bool = False
     """Whether to keep what `peftc unmerge` restores the base from."""
+    onnx: OnnxOptions = field(default_factory=OnnxOptions)
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ def merge(
                 progress.step("compare with the unfolded model")
                 report.comparisons += compare_checkpoint(adapted, fresh, options.texts)
         if "onnx" in options.export:
-            _write_onnx(adapted, fresh, report, progress, options)
+            _write_onnx(adapted, fresh, folded, report, progress, options)
         refuse_failed(report.comparisons)
         document = certificate(adapted, report, digests)
         (fresh / CERTIFICATE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -195,23 +195,22 @@ def _created(adapted: Adapted, folded: _Folded) -> Read:
     return lambda name: torch.zeros(zeros[name], dtype=dtype) if name in zeros else read(name)
 
 
-def _write_onnx(adapted: Adapted, fresh: Path, report: MergeReport, progress: Progress, options: Options) -> None:
+def _write_onnx(
+    adapted: Adapted, fresh: Path, folded: _Folded, report: MergeReport, progress: Progress, options: Options
+) -> None:
     progress.step("export ONNX")
-    specs = onnx.export_inputs(adapted.skeleton, onnx.tokenizer_inputs(adapted.base))
-    folded = _fold(adapted, specs)
-    state = FoldedState(folded.read, folded.fold.updates, options.precision)
-    program, constants = folded_program(folded.read, folded.program, state)
-    weights = FoldedWeights(state, folded.read, constants)
-    report.onnx = onnx.emit(fresh, program, specs, weights, progress=progress.update)
-    refuse_unread(adapted.delta, folded.read, folded.plan)
+    tokens = onnx.tokenizer_inputs(adapted.base)
+    written = export_onnx(adapted, fresh, folded.plan, tokens, options.precision, options.onnx, progress)
+    report.onnx = written.files
+    refuse_unread(adapted.delta, written.read, folded.plan)
     if not (fresh / "config.json").exists():
         adapted.base.copy_support_files(fresh)
         adapted.skeleton.config.save_pretrained(fresh)
     if options.outputs:
         progress.step("compare onnxruntime with torch")
-        report.comparisons += compare_onnx(adapted, report.onnx, specs, options.texts)
-    report.files |= {path.name: file_digest(path) for path in sorted(fresh.glob(f"{onnx.MODEL}*"))}
-    report.exported = {decision.insertion.delta: decision.result for decision in folded.fold.decisions}
+        report.comparisons += compare_onnx(adapted, written.files, written.specs, options.texts, options.onnx.dtype)
+    report.files |= {path.name: file_digest(path) for path in sorted(fresh.glob("*.onnx*"))}
+    report.exported = {decision.insertion.delta: decision.result for decision in written.decisions}
 
 
 def _write_undo(

@@ -7,6 +7,7 @@ $ peftc merge peftc-out -o merged && peftc verify merged
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,23 @@ class Tied(str, Enum):
     refuse = "refuse"
     untie = "untie"
     both = "both"
+
+
+class Dtype(str, Enum):
+    """What the weights of an ONNX export are stored in."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class Optimize(str, Enum):
+    """What runs an ONNX export fast: onnxruntime's own ops, or those of the standard."""
+
+    ort = "ort"
+    portable = "portable"
+
+
+_DTYPES = {Dtype.fp32: "float32", Dtype.fp16: "float16"}
 
 
 class Certify(str, Enum):
@@ -87,6 +105,19 @@ def merge(
     undo: Annotated[
         bool, typer.Option("--undo", help="Keep what `peftc unmerge` restores the base's exact bytes from.")
     ] = False,
+    opset: Annotated[
+        int | None, typer.Option("--opset", metavar="N", help="ONNX: the opset, 18 to 25. Default: 20.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="ONNX: what weights are cast to. Default: the base's dtype.")
+    ] = None,
+    optimize: Annotated[
+        Optimize | None,
+        typer.Option("--optimize", help="ONNX: fuse into onnxruntime's own ops, or use the standard's for attention."),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="ONNX: one graph without keys and values of past tokens.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
     adapters: Annotated[
         bool,
@@ -105,6 +136,9 @@ def merge(
         )
     most = None if max_shard_size is None else parse_size(max_shard_size)
     texts = () if verify_with is None else read_texts(verify_with)
+    formats = {choice.value for choice in export or [Export.hf]}
+    given = {"--opset": opset, "--dtype": dtype, "--optimize": optimize, "--no-cache": no_cache or None}
+    refuse_without_onnx(formats, given)
     from peftc import driver
     from peftc.progress import terminal_progress
 
@@ -129,7 +163,7 @@ def merge(
             report = driver.merge(
                 directory,
                 out,
-                export={choice.value for choice in export or [Export.hf]},
+                export=formats,
                 base=place,
                 precision=precision.value,
                 max_shard=most,
@@ -138,6 +172,10 @@ def merge(
                 allow_unchanged=allow_unchanged,
                 undo=undo,
                 tied=tied.value,
+                opset=opset,
+                dtype=None if dtype is None else _DTYPES[dtype],
+                optimize=None if optimize is None else optimize.value,
+                cache=not no_cache,
                 progress=progress,
             )
     if not quiet:
@@ -210,6 +248,13 @@ def refuse_with_adapters(options: list[str]) -> None:
         fail("E014", "`--adapters` is for ONNX alone", help="add `--export onnx`, and no other")
     if options:
         fail("E014", f"`{options[0]}` says how to merge, and with `--adapters` nothing is merged", help="leave it out")
+
+
+def refuse_without_onnx(formats: set[str], given: Mapping[str, object]) -> None:
+    """Refuse options of an ONNX export where there is none. Raises `PeftcError` E014."""
+    named = [name for name, value in given.items() if value is not None]
+    if named and Export.onnx.value not in formats:
+        fail("E014", f"`{named[0]}` is an option of ONNX exports", help="add `--export onnx`, or leave it out")
 
 
 def parse_size(text: str) -> int:

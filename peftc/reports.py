@@ -272,6 +272,7 @@ class MergeReport:
             o = self.onnx
             report["onnx"] = {
                 "inputs": list(o.inputs), "outputs": list(o.outputs), "opset": o.opset, "nodes": o.nodes,
+                "graphs": list(o.graphs), "cached": o.cached, "uncached": o.cache,
             }  # fmt: skip
         return report
 
@@ -285,7 +286,9 @@ class MergeReport:
             console.print(f"undo.zip: {self.undo / 1e6:,.1f} MB; `peftc unmerge {self.out}` restores the base's bytes")
         if self.onnx is not None:
             o = self.onnx
-            console.print(f"model.onnx: inputs {', '.join(o.inputs)}; outputs {', '.join(o.outputs)}; opset {o.opset}")
+            console.print(f"{', '.join(o.graphs)}: {o.describe()}; opset {o.opset}")
+            if o.cache:
+                console.print(f"without a cache: {o.cache}")
         for what in dict.fromkeys((c.what, c.dtype) for c in self.comparisons):
             worst = max((c for c in self.comparisons if (c.what, c.dtype) == what), key=lambda c: c.absolute)
             console.print(f"{worst.what} ({worst.dtype}): largest difference {worst.absolute:.2e}, on {worst.inputs}")

@@ -7,14 +7,16 @@ graph. The graph is made without weights (`peftc.backends.onnx_graph`), which ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftc.backends.onnx_graph import onnx_graph
+from peftc.backends.onnx_finish import float_ends, save_for_onnxruntime
+from peftc.backends.onnx_graph import name_inputs, onnx_graph
 from peftc.backends.onnx_weights import Weights, WeightsFile
 from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec, default_inputs, forward_arguments
@@ -63,13 +65,42 @@ def tokenizer_inputs(source: ModelDir) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class OnnxFiles:
-    """What was written."""
+    """What was written: the graphs, of which `path` is the first, and what goes into and comes out of that.
+
+    `cached`: keys and values of past tokens go in and out. `cache` says why they do not, where they might.
+    """
 
     path: Path
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     opset: int
     nodes: int
+    graphs: tuple[str, ...] = (MODEL,)
+    cached: bool = False
+    cache: str = ""
+
+    def describe(self) -> str:
+        """Inputs and outputs of the first graph; those of the cache as one."""
+        told = []
+        for word, names in (("inputs", self.inputs), ("outputs", self.outputs)):
+            short = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+            told.append(f"{word} {', '.join(short)}")
+        return "; ".join(told)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One graph of an export: its file, its program, the program's inputs and what they are called in the file.
+
+    An input among `empty` is none in the file: it is a tensor without rows there, a past before the first token.
+    """
+
+    file: str
+    program: Program
+    specs: Mapping[str, InputSpec]
+    outputs: tuple[str, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    empty: frozenset[str] = frozenset()
 
 
 def emit(
@@ -81,33 +112,64 @@ def emit(
     opset: int = DEFAULT_OPSET,
     progress: Callable[[int, int], None] | None = None,
 ) -> OnnxFiles:
-    """Write the program with its `weights` into `directory`. Raises `PeftcError` E014, E043, and what `weights` does.
+    """Write the program with its `weights` into `directory`; see `emit_parts`."""
+    return emit_parts(
+        directory, [Part(MODEL, program, specs, output_names(program))], weights, opset=opset, progress=progress
+    )
 
-    Memory: the graph, and some blocks of weights (all of one where a fold needs all of it).
+
+def emit_parts(
+    directory: Path,
+    parts: Sequence[Part],
+    weights: Weights,
+    *,
+    opset: int = DEFAULT_OPSET,
+    fused: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> OnnxFiles:
+    """Write graphs that share one file of weights. Raises `PeftcError` E014, E043, and what `weights` does.
+
+    Memory: a graph, and some blocks of weights (all of one where a fold needs all of it); all of the model where it is
+    `fused` into ops of onnxruntime's own, and each graph has a file of weights then.
     """
-    check_kernels(program, opset)
-    outputs = output_names(program)
-    states = state_shapes(program)
-    model = onnx_graph(program, specs, outputs, opset)
-    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in states.values())
-    with WeightsFile(directory, WEIGHTS, weights, progress, total) as file:
-        file.fill(model, states)
-    path = save_graph(model, directory / MODEL)
-    inputs = tuple(str(value.name) for value in model.graph.inputs)
-    return OnnxFiles(path, inputs, outputs, opset, len(list(model.graph)))
+    states = {part.file: state_shapes(part.program) for part in parts}
+    check_dtypes(opset, {dtype for known in states.values() for _, dtype in known.values()})
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for known in states.values()
+             for name, (shape, dtype) in known.items()}  # fmt: skip
+    models: list[ir.Model] = []
+    weights_file = f"unfused-{WEIGHTS}" if fused else WEIGHTS
+    with WeightsFile(directory, weights_file, weights, progress, sum(sizes.values())) as file:
+        for part in parts:
+            model = onnx_graph(part.program, part.specs, part.outputs, opset)
+            name_inputs(model, part.renamed, part.empty)
+            file.fill(model, states[part.file])
+            float_ends(model)
+            models.append(model)
+    for part, model in zip(parts, models, strict=True):
+        save_graph(model, directory / part.file, fused=fused)
+    if fused:
+        (directory / weights_file).unlink(missing_ok=True)
+    first = models[0].graph
+    names = [tuple(str(value.name) for value in values) for values in (first.inputs, first.outputs)]
+    nodes = sum(len(list(model.graph)) for model in models)
+    return OnnxFiles(directory / parts[0].file, *names, opset, nodes, tuple(part.file for part in parts))
 
 
 def check_kernels(program: Program, opset: int) -> None:
+    """`check_dtypes` of the program's parameters and buffers."""
+    check_dtypes(opset, {dtype for _, dtype in state_shapes(program).values()})
+
+
+def check_dtypes(opset: int, dtypes: Iterable[torch.dtype]) -> None:
     """Refuse an opset that the exporter does not write right, and dtypes without kernels: E014, E043."""
     if opset not in OPSETS:
         fail("E014", f"opset {opset} is not one of {OPSETS.start} to {OPSETS.stop - 1}")
-    dtypes = {dtype for _, dtype in state_shapes(program).values()}
     for dtype, word in _NO_KERNELS.items():
         if dtype in dtypes:
             fail(
                 "E043",
                 f"onnxruntime has no {word} kernels on the CPU",
-                help="load the base in float32: save it once with `dtype=float32`, or export on float16",
+                help="pass `--dtype fp32`, or `--dtype fp16` for half the size; weights are cast as they are written",
             )
 
 
@@ -120,7 +182,7 @@ def state_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], torch.dty
     }
 
 
-def save_graph(model: ir.Model, path: Path) -> Path:
+def save_graph(model: ir.Model, path: Path, *, fused: bool = False) -> Path:
     """Write the graph, whose weights are in their file already, and check it: the exporter's own check checks nothing.
 
     Raises `onnx.checker.ValidationError` for a graph that is no valid ONNX, which is a bug.
@@ -128,7 +190,10 @@ def save_graph(model: ir.Model, path: Path) -> Path:
     import onnx
     import onnx_ir
 
-    onnx_ir.save(model, path)
+    if fused:
+        save_for_onnxruntime(model, path)
+    else:
+        onnx_ir.save(model, path)
     onnx.checker.check_model(str(path), full_check=False)
     return path
 

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +42,8 @@ def onnx_graph(program: Program, specs: Mapping[str, InputSpec], outputs: Sequen
     """
     SetMode(training=False).apply_to(program.graph)
     move_to(program.graph, torch.device("cpu"))
-    exported = program.to_exported(_fake_state(program))
-    with _quiet():
+    exported = _called_by_name(program.to_exported(_fake_state(program)))
+    with quiet_exporter():
         from torch.export.passes import move_to_device_pass
 
         exported = move_to_device_pass(exported, "cpu")
@@ -53,6 +53,50 @@ def onnx_graph(program: Program, specs: Mapping[str, InputSpec], outputs: Sequen
     _name_axes(model, specs)
     _clean(model)
     return model
+
+
+def _called_by_name(exported: ExportedProgram) -> ExportedProgram:
+    """Say how the graph is called as it stands: a part of a traced model has other inputs and outputs than that had."""
+    from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+    from torch.utils import _pytree as pytree
+
+    signature = exported.graph_signature
+    inputs = pytree.tree_flatten(((), dict.fromkeys(signature.user_inputs, 0)))[1]
+    outputs = pytree.tree_flatten((0,) * len(signature.user_outputs))[1]
+    exported._module_call_graph = [ModuleCallEntry("", ModuleCallSignature([], [], inputs, outputs))]
+    return exported
+
+
+def name_inputs(model: ir.Model, renamed: Mapping[str, str], empty: Collection[str]) -> None:
+    """Call the inputs as `renamed` says; those among `empty` are made in the graph, [batch, heads, 0, width]."""
+    import onnx_ir as ir
+
+    inputs = model.graph.inputs
+    batch = next(value for value in inputs if value.name not in empty)
+    for value in [value for value in inputs if value.name in empty]:
+        made = _without_rows(model.graph, batch, value)
+        ir.convenience.replace_all_uses_with(value, made)
+        inputs.remove(value)
+    for value in inputs:
+        value.name = renamed.get(str(value.name), value.name)
+
+
+def _without_rows(graph: ir.Graph, batch: ir.Value, like: ir.Value) -> ir.Value:
+    """A tensor of the rank and dtype of `like`, the batch of `batch` and no rows."""
+    import numpy as np
+    import onnx_ir as ir
+
+    assert like.shape is not None and like.dtype is not None
+    _, heads, _, width = like.shape
+    size = ir.Node("", "Shape", [batch], [ir.AttrInt64("start", 0), ir.AttrInt64("end", 1)])
+    rest = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(np.array([heads, 0, width])))])
+    shape = ir.Node("", "Concat", [size.outputs[0], rest.outputs[0]], [ir.AttrInt64("axis", 0)])
+    zero = ir.tensor(np.zeros(1, like.dtype.numpy()))
+    made = ir.Node("", "ConstantOfShape", [shape.outputs[0]], [ir.AttrTensor("value", zero)])
+    for node, name in zip((size, rest, shape, made), ("batch", "rest", "shape", "none"), strict=True):
+        node.outputs[0].name = f"{like.name}_{name}"
+    graph.insert_before(graph[0], (size, rest, shape, made))
+    return made.outputs[0]
 
 
 def _fake_state(program: Program) -> dict[str, torch.Tensor]:
@@ -106,7 +150,9 @@ def _name_axes(model: ir.Model, specs: Mapping[str, InputSpec]) -> None:
 def _renamed(dim: Any, named: Mapping[str, str]) -> Any:
     if isinstance(dim, int) or dim.value is None:
         return dim
-    return re.sub(r"\w+", lambda word: named.get(word[0], word[0]), str(dim.value))
+    words = re.sub(r"\w+", lambda word: named.get(word[0], word[0]), str(dim.value))
+    past, new = AXES["past"], AXES["sequence"]
+    return AXES["total"] if words in (f"{past} + {new}", f"{new} + {past}") else words
 
 
 def _clean(model: ir.Model) -> None:
@@ -125,7 +171,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter reports its progress and its own deprecations; neither is the user's business."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]

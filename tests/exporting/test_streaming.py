@@ -14,7 +14,7 @@ from exporting.conftest import Make, Save
 from peftc import comparing_onnx, driver
 from peftc.backends import onnx_weights
 from peftc.backends.onnx_pieces import run_in_pieces
-from peftc.comparing_onnx import in_onnxruntime
+from peftc.backends.onnx_run import OnnxGraph
 from peftc.store.model_dir import ModelDir
 
 
@@ -23,7 +23,7 @@ def initializers(directory: Path) -> dict[str, np.ndarray]:
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_initializers_have_the_names_and_the_bytes_of_the_merged_checkpoint(
     tied: bool, exported: Make, tmp_path: Path
 ) -> None:
@@ -39,6 +39,7 @@ def test_initializers_have_the_names_and_the_bytes_of_the_merged_checkpoint(
     assert sum(large) <= size < sum(large) + 64 * len(large)  # nothing twice
 
 
+@pytest.mark.slow
 def test_blocks_of_a_few_numbers_give_the_same_file(
     saved: Save, exported: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,12 +52,13 @@ def test_blocks_of_a_few_numbers_give_the_same_file(
 
 
 def test_a_model_run_in_pieces_answers_as_the_whole(exported: Make) -> None:
-    path = exported("gpt2", "lora").out / "model.onnx"
+    graph = OnnxGraph(exported("gpt2", "lora").out / "model.onnx", large=False)
     ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(9).expand(2, -1)}
-    (whole,) = in_onnxruntime(path, [batch], large=False)
+    batch |= graph.no_past(2)
+    whole = list(graph([batch])[0].values())
     for most in (1, 20_000):  # a weight a piece, and a few
-        one, other = run_in_pieces(path, [batch, {name: value[:1] for name, value in batch.items()}], most)
+        one, other = run_in_pieces(graph.path, [batch, {name: value[:1] for name, value in batch.items()}], most)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, whole, strict=True))
         assert all(torch.allclose(a, b[:1], atol=1e-5) for a, b in zip(other, whole, strict=True))
 
