@@ -80,10 +80,14 @@ class Graphs:
         specs = {**self.specs, STATE: _spec(state, 1), **self._crossed(later)}
         empty = frozenset(self._named(past_names, ""))
         return [
-            Part(ENCODER, _returning(self.program, {"": state}), self.specs, ("last_hidden_state",)),
+            Part(ENCODER, cut(self.program, {}, [state], self._of_encoder()), self.specs, ("last_hidden_state",)),
             Part(DECODER, _returning(first, both), specs, tuple(both), renamed, empty),
             Part(WITH_PAST, _returning(later, after), specs, tuple(after), renamed),
         ]
+
+    def _of_encoder(self) -> set[str]:
+        """The inputs that a call of the encoder has: sizes are read from these."""
+        return {name for name in self.program.inputs if not name.startswith(("decoder_", "past_"))}
 
     def _named(self, names: Callable[[int], tuple[str, str]], infix: str) -> dict[str, str]:
         """What the inputs for keys and values of each layer are called in the file."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftc.diagnostics import fail
 from peftc.passes.set_mode import SetMode
 from peftc.runtime.executor import move_to
 
@@ -38,7 +39,7 @@ AXES = {
 def onnx_graph(program: Program, specs: Mapping[str, InputSpec], outputs: Sequence[str], opset: int) -> ir.Model:
     """The program in evaluation mode as an ONNX model whose parameters and buffers hold no data.
 
-    Inputs keep the names of the program's; `specs` name their axes. Changes `program`.
+    Inputs keep the names of the program's; `specs` name their axes. Changes `program`. Raises `PeftcError` E043.
     """
     SetMode(training=False).apply_to(program.graph)
     move_to(program.graph, torch.device("cpu"))
@@ -111,14 +112,19 @@ def _fake_state(program: Program) -> dict[str, torch.Tensor]:
 
 
 def _translated(exported: ExportedProgram, opset: int) -> ir.Model:
-    written = torch.onnx.export(
-        exported,
-        dynamo=True,
-        optimize=False,
-        opset_version=opset,
-        verbose=False,
-        custom_translation_table=_translations(),
-    )
+    """Raises `PeftcError` E043 for an op that ONNX, or the exporter, has no counterpart of."""
+    try:
+        written = torch.onnx.export(
+            exported,
+            dynamo=True,
+            optimize=False,
+            opset_version=opset,
+            verbose=False,
+            custom_translation_table=_translations(),
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        fail("E043", f"the graph has no counterpart in ONNX: {reason}", help="merge into a checkpoint: `--export hf`")
     assert written is not None
     return written.model
 
