@@ -188,17 +188,21 @@ class OutputUpdate(_AtLinear):
     def _prepare(self, read: Read, dtype: torch.dtype) -> RowUpdate:
         left, right = self._factors(read, dtype)
         mine, width = self.reach.rows(self.decision.insertion, self.linear), right.shape[1]
+        start = int(mine[0]) if len(mine) else 0
+        together = torch.equal(mine, torch.arange(start, start + len(mine)))
 
         def update(first: int, block: torch.Tensor) -> None:
             last = first + block.shape[0]
             if self.linear.transposed:  # stored rows are features of x
                 block[: max(0, width - first), mine] += right[:, first:last].t() @ left.t()
                 return
+            if together:
+                low, high = max(first, start), min(last, start + len(mine))
+                if low < high:
+                    block[low - first : high - first, :width].addmm_(left[low - start : high - start], right)
+                return
             here = ((mine >= first) & (mine < last)).nonzero().flatten()
-            if len(here) == len(block) and torch.equal(mine[here], torch.arange(first, last)):
-                block[:, :width].addmm_(left[here], right)
-            else:
-                block[mine[here] - first, :width] += left[here] @ right
+            block[mine[here] - first, :width] += left[here] @ right
 
         return update
 
