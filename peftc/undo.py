@@ -109,8 +109,15 @@ def write_undo(
         writer = _Writer(archive, base, merged, factors, touched, progress or (lambda done, total: None))
         document = {"format": FORMAT, "shards": [writer.shard(header) for header in base.headers]}
         document |= {"tensors": writer.tensors, "files": _files(archive, base, directory)}
-        archive.writestr("undo.json", json.dumps(document, indent=1))
+        archive.writestr(entry("undo.json"), json.dumps(document, indent=1))
     return place
+
+
+def entry(name: str) -> zipfile.ZipInfo:
+    """A compressed entry without the time of day, so that the same merge writes the same bytes."""
+    info = zipfile.ZipInfo(name)
+    info.compress_type = zipfile.ZIP_DEFLATED
+    return info
 
 
 class _Writer:
@@ -133,7 +140,7 @@ class _Writer:
         begin = min((info.begin for info in header.tensors.values()), default=header.path.stat().st_size)
         with header.path.open("rb") as file:
             raw = file.read(begin)
-        self._archive.writestr(f"headers/{header.path.name}", raw)
+        self._archive.writestr(entry(f"headers/{header.path.name}"), raw)
         digest = hashlib.sha256(raw)
         for info in header.tensors.values():
             for block in self._tensor(header, info):
@@ -155,9 +162,9 @@ class _Writer:
         return self._rest(header, info, here[0], place, number)
 
     def _whole(self, header: Header, info: TensorInfo, number: str) -> Iterator[bytes]:
-        with self._archive.open(f"tensors/{number}.rest", "w", force_zip64=True) as entry:
+        with self._archive.open(entry(f"tensors/{number}.rest"), "w", force_zip64=True) as kept:
             for piece in _pieces(header, info):
-                entry.write(piece)
+                kept.write(piece)
                 yield piece
 
     def _rest(
@@ -169,14 +176,16 @@ class _Writer:
         if factors is not None:
             record["rank"] = factors[0].shape[1]
             for side, factor in zip(("left", "right"), factors, strict=True):
-                self._archive.writestr(f"tensors/{number}.{side}", as_bytes(factor.float().contiguous()).tobytes())
+                self._archive.writestr(
+                    entry(f"tensors/{number}.{side}"), as_bytes(factor.float().contiguous()).tobytes()
+                )
         self.tensors[info.name] = record
-        with self._archive.open(f"tensors/{number}.rest", "w", force_zip64=True) as entry:
+        with self._archive.open(entry(f"tensors/{number}.rest"), "w", force_zip64=True) as kept:
             for first, last in row_blocks(info):
                 true = read_rows(header, info.name, first, last)
                 near = place.rows(merged, info.name, info.shape, first, last)
                 for piece in encode(true, guessed(near, factors, first)):
-                    entry.write(piece)
+                    kept.write(piece)
                 yield as_bytes(true)
 
 
@@ -213,6 +222,6 @@ def _files(archive: zipfile.ZipFile, base: ModelDir, directory: Path) -> dict[st
         copy = directory / name
         kept = not copy.is_file() or copy.read_bytes() != data
         if kept:
-            archive.writestr(f"files/{name}", data)
+            archive.writestr(entry(f"files/{name}"), data)
         found[name] = {"sha256": hashlib.sha256(data).hexdigest(), "kept": kept}
     return found
