@@ -59,9 +59,16 @@ class Normalize:
         for node in list(graph.nodes):
             if is_call(node, aten.new_empty.default, aten.empty.memory_format):
                 _pieces_to_cat(program, node)
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(_is_kept)
         batch_first(program)
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(_is_kept)
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a node does something besides its value. Dropout of a value that nothing reads does not: a stream that
+    the last layer computes for no one (LiLT, PEGASUS-X) would look like a place for deltas.
+    """
+    return node.is_impure(impure_random=False)
 
 
 def _is_runtime_assert(node: fx.Node) -> bool:

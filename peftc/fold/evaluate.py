@@ -141,7 +141,7 @@ def _value(
     program: Program, node: fx.Node, values: Mapping[fx.Node, Any], read: Read | None, dtype: torch.dtype | None
 ) -> Any:
     if _is_size(node):
-        return _as_one(node.meta["val"])
+        return as_one(node.meta["val"])
     if node.op == "placeholder":
         return _parameter(program, node, read, dtype)
     given: Any = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
@@ -164,7 +164,8 @@ def _parameter(program: Program, node: fx.Node, read: Read | None, dtype: torch.
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
-def _as_one(size: Any) -> int:
+def as_one(size: Any) -> int:
+    """A size of the trace with every symbol of it 1."""
     if isinstance(size, int):
         return size
     expression = size.node.expr

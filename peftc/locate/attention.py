@@ -130,9 +130,15 @@ def _projected(
             parts[name] = _separation(projection.node, stream, others)
         else:
             taps[name] = projection.output_tap(name)
-    parts = _in_known_axes(program, {name: streams[name][1].node for name in parts}, parts)
+    fused = {name: streams[name][1].node for name in parts}
+    widths = {name: head_dim if name == "v" else key_dim for name in parts}
+    layouts = {n: _layout(part, fused[n], widths[n], one.heads) for n, part in parts.items() if part is not None}
+    if len(set(fused.values())) == 1 and len(layouts) == len(parts) and None in layouts.values():
+        found = columns(program, next(iter(fused.values())), [part for part in parts.values() if part is not None])
+        if found is not None:
+            parts, layouts = dict(zip(parts, found, strict=True)), dict.fromkeys(parts, "flat")
     for name, node in parts.items():
-        layout = None if node is None else _layout(node, head_dim if name == "v" else key_dim, one.heads)
+        layout = layouts.get(name)
         if node is None or layout is None:
             missing[name] = f"{name} is no single part of the fused projection {module_path(streams[name][1].node)}"
         else:
@@ -140,19 +146,8 @@ def _projected(
     return taps
 
 
-def _in_known_axes(
-    program: Program, fused: dict[str, fx.Node], parts: dict[str, fx.Node | None]
-) -> dict[str, fx.Node | None]:
-    """Parts that have an axis of blocks besides as columns of the projection they are all cut from."""
-    nodes = [node for node in parts.values() if node is not None and len(shape_of(node)) > 4]
-    if len(set(fused.values())) != 1 or len(nodes) < len(parts):
-        return parts
-    found = columns(program, next(iter(fused.values())), nodes)
-    return parts if found is None else dict(zip(parts, found, strict=True))
-
-
 def _heads(program: Program, one: _Attention) -> fx.Node | None:
-    """The product's value as [B, heads, S, head_dim], where the graph holds it."""
+    """The product's value as [B, heads, S, head_dim], where the graph holds it; an image's has two axes for S."""
     node = one.found.product
     if len(shape_of(node)) > 4:
         return None
@@ -161,7 +156,7 @@ def _heads(program: Program, one: _Attention) -> fx.Node | None:
         if len(users) != 1:
             return None
         node = users[0]
-    return node
+    return node if shape_of(node)[-1] == one.found.width else None
 
 
 def _context(v: Projection) -> Tap:
@@ -236,18 +231,21 @@ def _between(source: fx.Node, sink: fx.Node) -> set[fx.Node]:
     return reaches(source, within)
 
 
-def _layout(node: fx.Node, head_dim: int, heads: int) -> Layout | None:
-    """How a q, k or v value lies in the graph: flat, or already split into heads."""
-    shape = shape_of(node)
+def _layout(node: fx.Node, fused: fx.Node, head_dim: int, heads: int) -> Layout | None:
+    """How a part of a fused projection lies in the graph, where its axes are the projection's own: flat, or already
+    split into heads. None where they tell nothing, as of an image, whose length is a number too, or of its windows.
+    """
+    shape, rows = shape_of(node), [str(size) for size in shape_of(fused)[:-1]]
+    rows = [rows[0], rows[2]] if len(rows) == 3 and rows[1] == "1" else rows  # latent attention's one head
     if len(shape) <= 3:
-        return "flat"
-    if len(shape) != 4 or shape[-1] > head_dim:  # latent attention: a part of each key comes from elsewhere
+        return "flat" if [str(size) for size in shape[:-1]] == rows else None
+    if len(shape) != 4 or len(rows) != 2 or shape[-1] > head_dim:  # latent attention: a part of a key from elsewhere
         return None
     fixed = [isinstance(size, int) for size in shape[1:3]]
-    if all(fixed):  # as of an image, the length is a number too
+    if all(fixed):
         fixed = [size == heads for size in shape[1:3]]
     layouts: dict[tuple[bool, ...], Layout] = {(False, True): "bshd", (True, False): "bhsd"}
-    return layouts.get(tuple(fixed))
+    return layouts.get(tuple(fixed)) if str(shape[0]) == rows[0] else None
 
 
 def _roles(one: _Attention) -> dict[str, Linear]:

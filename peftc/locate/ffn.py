@@ -120,14 +120,16 @@ def _admitted(program: Program, node: fx.Node) -> bool:
         return True  # sizes for views, and the tuple of a split
     if is_call(node, *CONVS):
         return _is_depthwise(node)
+    if is_call(node, aten.mean.dim):  # of a norm, not of positions
+        return node.args[1] in ([-1], [len(shape_of(node)) - 1])
     return is_call(node, *VIEWS, *PIECES, *DROPOUT, *NONLINEAR, *POINTWISE, *NORMS, *_BRANCHES) or is_getitem(node)
 
 
 _BRANCHES = (
     aten.where.self, aten.where.ScalarOther, aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar,
-    aten.min.other, aten.max.other, aten.maximum.default, aten.expm1.default, aten.log1p.default,
+    aten.min.other, aten.max.other, aten.maximum.default, aten.expm1.default, aten.log1p.default, aten.rsqrt.default,
 )  # fmt: skip
-"""What an activation is made of that is one thing above zero and another below, such as xIELU."""
+"""What an activation is made of that is one thing above zero and another below, such as xIELU, and a norm's root."""
 
 
 def _is_depthwise(conv: fx.Node) -> bool:

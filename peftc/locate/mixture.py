@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from peftc.ir.program import Program, is_call, module_path, shape_of
+from peftc.ir.program import Program, is_call, module_path, operand, shape_of
 from peftc.ir.sites import Site, Tap
 from peftc.locate.experts import Stacked, products_before, stacked_products
 from peftc.locate.walk import (
@@ -20,6 +20,7 @@ from peftc.locate.walk import (
     PIECES,
     POINTWISE,
     VIEWS,
+    backward,
     common_path,
     inputs_of,
     is_tensor,
@@ -55,8 +56,8 @@ def find_mixtures(program: Program, ffns: list[Site]) -> list[Site]:
 
 
 def _site(down: Stacked, ups: list[Stacked]) -> Site | None:
-    x = _hidden_state(ups[0].data) if ups else None
-    joined = None if x is None else _residual(down.node, x)
+    x, projected = _hidden_state(ups[0].data) if ups else (None, False)
+    joined = None if x is None else _residual(down.node, x, (*_TO_SUM, *_PROJECTION) if projected else _TO_SUM)
     if x is None or joined is None:
         return None
     out, residual = joined
@@ -72,40 +73,78 @@ def _site(down: Stacked, ups: list[Stacked]) -> Site | None:
     )
 
 
-def _hidden_state(node: fx.Node) -> fx.Node | None:
-    """Back through the choice of rows to the hidden state [B, S, d] that they are rows of."""
+_PROJECTION = (aten.linear.default,)
+
+
+def _hidden_state(node: fx.Node) -> tuple[fx.Node | None, bool]:
+    """Back through the choice of rows to the hidden state [B, S, d] that they are rows of, and whether a projection
+    of the mixture's own, with its norm, comes in between (Muse Spark).
+    """
     node = skip_back(node, aten.unsqueeze.default)  # a batched product takes each row as a matrix
+    projected = False
     for _ in range(32):
         sizes = shape_of(node)
         if len(sizes) == 3 and not isinstance(sizes[0], int):
-            return node
+            return node, projected
+        if is_call(node, *_PROJECTION) and not projected:
+            projected, node = True, operand(node, 0)
+            continue
         if not is_call(node, *VIEWS, *PIECES, *_ROWS, aten.mul.Tensor):
-            return None
+            return None, projected
         sources = [source for source in inputs_of(node) if is_tensor(source) and source.meta["val"].is_floating_point()]
         wide = [source for source in sources if shape_of(source)[-1:] == sizes[-1:]]
         if not wide:
-            return None
-        node = wide[0]
-    return None
+            return None, projected
+        node = max(wide, key=lambda source: len(shape_of(source)))  # not the weight of a norm
+    return None, projected
 
 
-def _residual(down: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The experts' sum and the stream it is added to; what is made from x, a shared expert, belongs to the sum."""
-    hidden, queue, seen = shape_of(x), [down], set[fx.Node]()
+def _residual(down: fx.Node, x: fx.Node, onward: tuple[object, ...]) -> tuple[fx.Node, fx.Node] | None:
+    """The experts' sum and the stream it is added to; what is made from x, a shared expert, belongs to the sum.
+
+    The sum is taken as it leaves the mixture, before a norm or a scale on the way to the stream.
+    """
+    hidden, queue = shape_of(x), [down]
+    before: dict[fx.Node, fx.Node | None] = {down: None}
     own = _readers(x)
     while queue:
         current = queue.pop(0)
-        if current in seen:
-            continue
-        seen.add(current)
         for user in current.users:
             others = [n for n in inputs_of(user) if n is not current and is_tensor(n)]
             adds = is_call(user, aten.add.Tensor) and len(others) == 1 and shape_of(current) == hidden
-            if adds and others[0] not in own and others[0].op != "placeholder" and shape_of(others[0]) == hidden:
-                return current, skip_back(others[0], aten.to.dtype)
-            if is_call(user, *_TO_SUM):
+            if adds and shape_of(others[0]) == hidden and _is_stream(others[0], x, own):
+                return _as_it_left(current, before, hidden), skip_back(others[0], aten.to.dtype)
+            if user not in before and is_call(user, *onward):
+                before[user] = current
                 queue.append(user)
     return None
+
+
+def _is_stream(node: fx.Node, x: fx.Node, own: set[fx.Node]) -> bool:
+    """Whether a value is not made from x alone: it is x itself, scaled or not, or comes from beyond x too.
+
+    Beside x an attention may read it (Cohere 2), so that what it is added to depends on x as well.
+    """
+    if node not in own:
+        return node.op != "placeholder"
+    scaled = node
+    while scaled is not x and is_call(scaled, *VIEWS, aten.mul.Tensor) and len(inputs_of(scaled)) == 1:
+        scaled = operand(scaled, 0)
+    if scaled is x:
+        return True
+    hidden = shape_of(x)
+    seen = backward([node], lambda n: n is x or n not in own)
+    return any(n not in own and is_tensor(n) and n.op != "placeholder" and shape_of(n) == hidden for n in seen)
+
+
+def _as_it_left(node: fx.Node, before: dict[fx.Node, fx.Node | None], hidden: tuple[object, ...]) -> fx.Node:
+    """The first value of the hidden state's shape on the way to `node`, or the last sum with a shared expert."""
+    while (previous := before[node]) is not None and shape_of(previous) == hidden:
+        others = [n for n in inputs_of(node) if n is not previous and is_tensor(n)]
+        if is_call(node, aten.add.Tensor) and any(shape_of(other) == hidden for other in others):
+            break
+        node = previous
+    return node
 
 
 def _readers(x: fx.Node) -> set[fx.Node]:

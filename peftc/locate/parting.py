@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.fold.evaluate import evaluate
+from peftc.fold.evaluate import as_one, evaluate
 from peftc.ir.builder import Builder
 from peftc.ir.program import Program, is_call, shape_of
 from peftc.locate.projections import Projection
@@ -34,24 +34,36 @@ def split_heads(program: Program, output: Projection, product: fx.Node, heads: i
     if axis is None:
         return None, 1
     builder = Builder(program, concat, label="", like=concat)
-    parted = builder.call(aten.unflatten.int, concat, -1, [heads, width])
+    rows = concat
+    rank = len(shape_of(concat))
+    if rank > 3:  # an image's rows and columns are one sequence
+        sizes = [builder.size(concat, place) for place in range(rank)]
+        rows = builder.call(aten.flatten.using_ints, concat, 1, rank - 2)
+    parted = builder.call(aten.unflatten.int, rows, -1, [heads, width])
     found = builder.call(aten.transpose.int, parted, 1, 2)
     joined = builder.call(aten.flatten.using_ints, builder.call(aten.transpose.int, found, 1, 2), -2, -1)
+    if rank > 3:
+        joined = builder.call(aten.unflatten.int, joined, 1, sizes[1:-1])
     _own(builder)
     output.node.replace_input_with(concat, joined)
     return found, axis
 
 
 def _head_axis(program: Program, product: fx.Node, concat: fx.Node, heads: int) -> int | None:
-    """The axis of the product that becomes the outer part of the last axis of what W_o reads."""
+    """The axis of the product that becomes the outer part of the last axis of what W_o reads.
+
+    In [B * heads, S, d] it is a part of the first one; with the heads parted it is 1.
+    """
     sizes = _sizes(product)
+    folded = len(sizes) == 3 and sizes[0] % heads == 0
     wanted = torch.arange(heads, dtype=torch.float64).repeat_interleave(sizes[-1])
-    for axis in range(1, len(sizes) - 2):
-        if sizes[axis] == heads:
-            numbers = torch.arange(heads, dtype=torch.float64).reshape([-1] + [1] * (len(sizes) - 1 - axis))
+    for axis in [0] if folded else range(1, len(sizes) - 2):
+        if folded or sizes[axis] == heads:
+            numbers = torch.arange(heads, dtype=torch.float64).repeat(sizes[0] // heads if folded else 1)
+            numbers = numbers.reshape([-1] + [1] * (len(sizes) - 1 - axis))
             value = _evaluated(program, concat, product, numbers.expand(sizes).contiguous())
             if value is not None and bool((value == wanted).all()):
-                return axis
+                return axis or 1
     return None
 
 
@@ -91,7 +103,7 @@ def _run(numbers: torch.Tensor | None) -> tuple[int, int] | None:
 
 
 def _sizes(node: fx.Node) -> list[int]:
-    return [size if isinstance(size, int) else 1 for size in shape_of(node)]
+    return [as_one(size) for size in shape_of(node)]
 
 
 def _evaluated(program: Program, wanted: fx.Node, source: fx.Node, value: torch.Tensor) -> torch.Tensor | None:

@@ -151,8 +151,10 @@ def _forward_to(node: fx.Node, targets: tuple[object, ...]) -> list[fx.Node]:
 
 _BESIDE = (
     aten.add.Tensor, aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.self, aten.cat.default,
+    aten.max.other, aten.maximum.default,
 )  # fmt: skip
-"""What brings a bias or a mask to the scores, or a column of sinks that no value belongs to."""
+"""What brings a bias or a mask to the scores, or a column of sinks that no value belongs to; a bound from below, of
+masked scores."""
 
 Product = tuple[fx.Node, tuple[Step, ...] | None]
 
@@ -192,14 +194,18 @@ def _scaled(node: fx.Node, program: Program) -> tuple[list[fx.Node], tuple[Step,
     others = [source for source in inputs_of(node) if source not in scores]
     if len(scores) != 1 or len(others) != 1:
         return [], ()
-    if _one_a_head(others[0]):
+    if _one_a_head(others[0], scores[0]):
         return scores, ((node.target, (others[0],)),)
     return (scores, ()) if _is_mask(others[0], program) else ([], ())
 
 
-def _one_a_head(factor: fx.Node) -> bool:
-    """A scale that is the same for every query and key: a prefix's scores are multiplied by it too."""
-    return is_tensor(factor) and all(size == 1 for size in shape_of(factor)[-2:]) and len(shape_of(factor)) != 3
+def _one_a_head(factor: fx.Node, scores: fx.Node) -> bool:
+    """A scale that is the same for every query and key: a prefix's scores are multiplied by it too.
+
+    Of three axes the first is the heads where the scores have another axis in front of it, as Swin v2's have.
+    """
+    alike = is_tensor(factor) and all(size == 1 for size in shape_of(factor)[-2:])
+    return alike and (len(shape_of(factor)) != 3 or len(shape_of(scores)) > 3)
 
 
 def _is_mask(factor: fx.Node, program: Program) -> bool:

@@ -7,6 +7,7 @@ stack that the tracer writes at each node.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 
 ATTENTION = re.compile(r"Attention|Attn")
 NOT_ATTENTION = re.compile(
-    r"Attention\w*(Output|Layer|Block|Pool\w*|Bias|Mask|Norm|Residual|Embedding|Head|Gate|Indexer)$|Rotary"
+    r"Attention\w*(Output|Layer|Block|Pool\w*|Bias|Mask|Norm|Residual|Embedding|Head|Gate|Indexer|Projection)$|Rotary"
 )
 LINEAR_ATTENTION = re.compile(
-    r"Lightning|Linear|Additive|LSH|GatedDelta|Kimi\w*Delta|Fourier|Conv|Deformable|Nystrom|Rwkv|Retention|AFT|Yoso|Mra"
+    r"Lightning|Linear|Additive|LSH|GatedDelta|DeltaAttention|Fourier|Conv|Deformable|Retention|AFT"
 )
-"""Attentions without a softmax over keys, or with sampled or hashed keys."""
+"""Attentions without a softmax over keys, or with sampled or hashed keys, by what follows the model's own name."""
+LINEAR_MODELS = re.compile(r"Nystrom|Rwkv|Yoso|Mra")
+"""Models that have no other attention."""
 FFN = re.compile(
     r"SparseMoe\w*$|M[oO]EBlock$|MoeBlock$|M[oO]E$|Moe$|"
     r"MLP$|Mlp$|FeedForward|FFN$|Intermediate$|FeedForwardNetwork|DenseActDense|DenseGatedActDense|PositionWise"
@@ -42,6 +45,8 @@ PAIRS = (
     ("c_fc", "c_proj"),
 )
 """Names of the two linear layers of an FFN that stand in its layer directly."""
+
+_VALUES = re.compile(r"(^|_)value$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +65,30 @@ def take(model: torch.nn.Module, program: Program) -> Census:
     kinds = _kinds(model)
 
     def times(path: str) -> int:
-        """A `ModuleDict` is never called itself; what it holds is."""
+        """A `ModuleDict` is never called itself; what it holds is.
+
+        One whose linear layers all run twice works on two streams in one call (PEGASUS-X), and so does one that makes
+        values twice (LiLT); one that the model put there while it ran (BigBird) is known to the tracer by them alone.
+        """
         held = model.get_submodule(path)
         names = (
             [path] if type(held).__name__ != "ModuleDict" else [f"{path}.{name}" for name, _ in held.named_children()]
         )
-        return max(calls[name] for name in names)
+        own = [calls[f"{path}.{name}"] for name in _linears(held)]
+        values = [calls[f"{path}.{name}"] for name, _ in held.named_children() if _VALUES.search(name)]
+        return max([*(calls[name] for name in names), min(own, default=0), sum(values)])
 
     def called(kind: str) -> tuple[str, ...]:
         return tuple(path for path, its in kinds.items() if its == kind for _ in range(times(path)))
 
     return Census(called("attention"), called("linear_attention"), called("ffn"), called("experts"))
+
+
+def _linears(module: torch.nn.Module) -> list[str]:
+    """The linear layers directly in a module; of an FFN that stands in its layer the two that are named so."""
+    names = [name for name, child in module.named_children() if type(child).__name__ == "Linear"]
+    pairs = [list(pair) for pair in PAIRS if set(pair) <= set(names)]
+    return pairs[0] if pairs else names
 
 
 def _calls(program: Program) -> Counter[str]:
@@ -85,12 +103,27 @@ def _calls(program: Program) -> Counter[str]:
 
 def _kinds(model: torch.nn.Module) -> dict[str, str]:
     kinds: dict[str, str] = {}
+    own = type(model).__name__
     for path, module in model.named_modules():
-        kind = _kind(module)
-        if kind is not None:
+        kind = _kind(module, own)
+        if kind is not None and not _in_norm(model, path):
             kinds[path] = kind
     inside = layered(model, kinds)
-    return {path: kind for path, kind in kinds.items() if inside(path) and not _holds_another(path, kind, kinds)}
+    found = {path: kind for path, kind in kinds.items() if inside(path) and not _holds_another(path, kind, kinds)}
+    return {path: kind for path, kind in found.items() if not (kind == "ffn" and _shared_expert(path, found, kinds))}
+
+
+def _in_norm(model: torch.nn.Module, path: str) -> bool:
+    """Whether the module makes the scale of a norm, as in A.X K2."""
+    return type(model.get_submodule(path.rpartition(".")[0])).__name__.endswith("Norm")
+
+
+def _shared_expert(path: str, found: dict[str, str], kinds: dict[str, str]) -> bool:
+    """Whether it stands in a mixture beside the experts, which are counted once together with it (ERNIE 4.5 VL)."""
+    mixture = path.rpartition(".")[0]
+    beside = [other for other, kind in found.items() if kind == "ffn" and other.rpartition(".")[0] == mixture]
+    routed = [o for o in beside if any(e.startswith(f"{o}.") and kind == "experts" for e, kind in kinds.items())]
+    return kinds.get(mixture) == "ffn" and bool(routed) and path not in routed
 
 
 def layered(model: torch.nn.Module, paths: Iterable[str]) -> Callable[[str], bool]:
@@ -108,12 +141,13 @@ _INDEX = re.compile(r"(^|\.)\d+(\.|$)")
 """A path inside a repeated layer. What is in none (a projector, a prediction head) is no block's part."""
 
 
-def _kind(module: torch.nn.Module) -> str | None:
+def _kind(module: torch.nn.Module, model: str) -> str | None:
     name = type(module).__name__
     if not _matrices(module):
         return None
     if ATTENTION.search(name) and not NOT_ATTENTION.search(name):
-        return "linear_attention" if LINEAR_ATTENTION.search(name) else "attention"
+        special = LINEAR_ATTENTION.search(_without(model, name)) or LINEAR_MODELS.search(name)
+        return "linear_attention" if special else "attention"
     if EXPERTS.search(name):
         return "experts"
     children = {child for child, _ in module.named_children()}
@@ -124,6 +158,12 @@ def _kind(module: torch.nn.Module) -> str | None:
     if FFN.search(name) or any(set(pair) <= children for pair in PAIRS):
         return "ffn"
     return None
+
+
+def _without(model: str, name: str) -> str:
+    """What follows the start that a class shares with its model's: "SelfAttention" of ConvBERT's."""
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(model, name, strict=False)))
+    return name[shared:]
 
 
 def _back_to_its_width(module: torch.nn.Module) -> bool:
