@@ -20,6 +20,7 @@ from peftc.backends.onnx_graph import name_inputs, onnx_graph
 from peftc.backends.onnx_weights import Weights, WeightsFile
 from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec, default_inputs, forward_arguments
+from peftc.store.atomic import check_free_space
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -127,7 +128,7 @@ def emit_parts(
     fused: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> OnnxFiles:
-    """Write graphs that share one file of weights. Raises `PeftcError` E014, E043, and what `weights` does.
+    """Write graphs that share one file of weights. Raises `PeftcError` E014, E036, E043, and what `weights` does.
 
     Memory: a graph, and some blocks of weights (all of one where a fold needs all of it); all of the model where it is
     `fused` into ops of onnxruntime's own, and each graph has a file of weights then.
@@ -136,6 +137,7 @@ def emit_parts(
     check_dtypes(opset, {dtype for known in states.values() for _, dtype in known.values()})
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for known in states.values()
              for name, (shape, dtype) in known.items()}  # fmt: skip
+    check_free_space(directory, sum(sizes.values()) * (2 if fused else 1))
     models: list[ir.Model] = []
     weights_file = f"unfused-{WEIGHTS}" if fused else WEIGHTS
     with WeightsFile(directory, weights_file, weights, progress, sum(sizes.values())) as file:
@@ -191,10 +193,10 @@ def save_graph(model: ir.Model, path: Path, *, fused: bool = False) -> Path:
     import onnx_ir
 
     if fused:
-        save_for_onnxruntime(model, path)
+        save_for_onnxruntime(model, path)  # ops that the checker does not know
     else:
         onnx_ir.save(model, path)
-    onnx.checker.check_model(str(path), full_check=False)
+        onnx.checker.check_model(str(path), full_check=False)
     return path
 
 

@@ -104,8 +104,9 @@ class Graphs:
 
 
 def _returning(program: Program, nodes: Mapping[str, fx.Node]) -> Program:
-    """The part of a program that these results need, with the inputs that it reads."""
-    return cut(program, {}, list(nodes.values()), set(program.inputs))
+    """The part of a program that these results need, with the inputs that it reads; none stays for its size alone that
+    others have as well, least of all what the encoder said."""
+    return cut(program, {}, list(nodes.values()), {*program.inputs} - {STATE})
 
 
 def _present(result: Any, infix: str, start: int) -> dict[str, fx.Node]:

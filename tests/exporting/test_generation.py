@@ -45,7 +45,7 @@ def test_onnxruntime_writes_the_tokens_of_torch_for_two_rows_padded_on_the_left(
         found = greedy.decoder(made.out, arrays, COUNT)
     expected = from_torch(made.delta, given)
     assert found.tolist() == expected.tolist()
-    assert len(set(found[:, -COUNT:].ravel().tolist())) > 2  # the texts are no single token over and over
+    assert len(set(found[:, -COUNT:].ravel().tolist())) > 1  # not one token over and over
     comparisons = made.certificate["comparisons"]
     assert len(comparisons) >= 3
     for comparison in comparisons:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from peftc import comparing_onnx, driver
 from peftc.backends import onnx_weights
 from peftc.backends.onnx_pieces import run_in_pieces
 from peftc.backends.onnx_run import OnnxGraph
+from peftc.backends.onnx_weights import FoldedWeights
+from peftc.diagnostics import PeftcError
+from peftc.fold.state import FoldedState
 from peftc.store.model_dir import ModelDir
 
 
@@ -81,3 +85,25 @@ def test_the_certificate_of_a_large_model_is_that_of_a_small_one(
 def test_the_file_holds_no_path_of_the_machine_it_was_made_on(exported: Make) -> None:
     text = (exported("llama", "mam").out / "model.onnx").read_bytes()
     assert b"site-packages" not in text and b"/peftc/" not in text
+
+
+def test_a_number_that_float16_does_not_hold_is_named() -> None:
+    weights = FoldedWeights(FoldedState({}.__getitem__, []), None, {"w": torch.tensor([1.0, -1e5])})  # pyright: ignore[reportArgumentType]
+    assert torch.equal(next(weights.blocks("w", (2,), torch.float32)), torch.tensor([1.0, -1e5]))
+    with pytest.raises(PeftcError) as refused:
+        list(weights.blocks("w", (2,), torch.float16))
+    (diagnostic,) = refused.value.diagnostics
+    assert diagnostic.code == "E042" and "w holds numbers up to 1e+05" in diagnostic.message
+    assert diagnostic.help is not None and "--dtype fp32" in diagnostic.help
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_too_small_is_told_before_a_weight_is_written(
+    saved: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, delta = saved("gpt2", "lora")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(PeftcError) as refused:
+        driver.merge(delta, tmp_path / "out", export={"onnx"})
+    assert refused.value.diagnostics[0].code == "E036" and not list(tmp_path.iterdir())
