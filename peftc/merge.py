@@ -16,6 +16,7 @@ import torch
 
 from peftc.adapted import Adapted
 from peftc.backends import hf, onnx
+from peftc.backends.pt2 import require_compiler
 from peftc.backends.settings import Settings, settings_for
 from peftc.certificate import CERTIFICATE, certificate, delta_digests, file_digest, refuse_nothing, refuse_unread
 from peftc.certify import refuse_failed
@@ -27,6 +28,7 @@ from peftc.fold.decide import Room
 from peftc.fold.evaluate import Read
 from peftc.fold.state import FoldedState
 from peftc.frontend.trace import InputSpec, Skeleton, build_skeleton, default_inputs, tied_names
+from peftc.merge_torch import TARGETS, write_torch
 from peftc.passes.fold import Fold
 from peftc.progress import Progress
 from peftc.reports import MergeReport, ScheduleReport
@@ -75,6 +77,8 @@ def merge(
     options = options or Options()
     if options.undo and "hf" not in options.export:
         fail("E014", "`--undo` keeps what a checkpoint changed, and none is written", help="add `--export hf`")
+    if "aoti" in options.export:
+        require_compiler()
     progress.step("read the delta")
     adapted = Adapted.open(directory, base)
     _check_places(directory, adapted, out)
@@ -101,6 +105,8 @@ def merge(
                 report.comparisons += compare_checkpoint(adapted, fresh, options.texts)
         if "onnx" in options.export:
             _write_onnx(adapted, fresh, folded, report, progress, options)
+        if options.export & TARGETS:
+            write_torch(adapted, fresh, report, progress, options)
         refuse_failed(report.comparisons)
         document = certificate(adapted, report, digests)
         (fresh / CERTIFICATE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -25,6 +25,8 @@ class Export(str, Enum):
 
     hf = "hf"
     onnx = "onnx"
+    pt2 = "pt2"
+    aoti = "aoti"
 
 
 class Precision(str, Enum):

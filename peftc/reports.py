@@ -289,6 +289,8 @@ class MergeReport:
             console.print(f"{', '.join(o.graphs)}: {o.describe()}; opset {o.opset}")
             if o.cache:
                 console.print(f"without a cache: {o.cache}")
+        for archive in (name for name in self.files if name.endswith(".pt2")):
+            console.print(f"{archive}: inputs by name, a dictionary of outputs, batch and sequence of any size")
         for what in dict.fromkeys((c.what, c.dtype) for c in self.comparisons):
             worst = max((c for c in self.comparisons if (c.what, c.dtype) == what), key=lambda c: c.absolute)
             console.print(f"{worst.what} ({worst.dtype}): largest difference {worst.absolute:.2e}, on {worst.inputs}")

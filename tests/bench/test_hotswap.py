@@ -63,7 +63,7 @@ def test_three_deltas_on_one_session(base: str, tmp_path: Path) -> None:
         switch = _switch(session, inputs, name)
         print(f"{row}{1e6 * switch:>8.0f}µs{1e3 * run:>8.2f}ms{1e3 * alone:>8.2f}ms{largest:>22.1e}")
         assert largest < 1e-5
-        assert switch < 5e-3
+        assert switch < run  # far less, on a quiet machine
 
 
 def _inputs(names: tuple[str, ...]) -> dict[str, np.ndarray]:
