@@ -27,7 +27,10 @@ def adapted(checkpoint: Checkpoints, family: str, rule: str, directory: Path, **
     return directory
 
 
-@pytest.mark.parametrize(("family", "rule", "hyper"), [("bert", "mam", {"r": 4, "l": 3}), ("gpt2", "lora", {"r": 4})])
+@pytest.mark.parametrize(
+    ("family", "rule", "hyper"),
+    [("gpt2", "lora", {"r": 4}), pytest.param("bert", "mam", {"r": 4, "l": 3}, marks=pytest.mark.slow)],
+)
 def test_the_archive_answers_as_the_unfolded_model_at_other_sizes(
     checkpoint: Checkpoints, tmp_path: Path, family: str, rule: str, hyper: dict[str, object]
 ) -> None:
