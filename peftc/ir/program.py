@@ -20,7 +20,6 @@ from torch import fx
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
 from peftc.ir.initial import Init
-from peftc.ir.inputs import call_graph
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -270,7 +269,6 @@ class Program:
             specs.append(InputSpec(kinds[binding.kind], TensorArgument(node.name), target, flag))
         signature = ExportGraphSignature(specs, self._output_specs())
         names = [b.name for b in self.bindings.values() if b.kind == "parameter"]
-        inputs = [node.name for node in self.placeholders("input").values()]
         held: dict[str, Any] = {name: torch.nn.Parameter(state[name], requires_grad=False) for name in names}
         constants: dict[str, Any] = dict(self.constants)
         for binding in self.bindings.values():
@@ -282,7 +280,7 @@ class Program:
             graph_signature=signature,
             state_dict=held,
             range_constraints=self.exported.range_constraints,
-            module_call_graph=call_graph(self.exported.module_call_graph, inputs),
+            module_call_graph=self.exported.module_call_graph,
             example_inputs=None,
             constants=constants,
             verifiers=[load_verifier("TRAINING")],  # as it was traced: some models write into their own tensors
