@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu survey decoders soak library bench reference lint format clean
+.PHONY: help install demo test test-all test-gpu survey decoders soak library kills bench reference lint format clean
 
 help:
 	@echo "make demo      adapt, train, fold and export a real pretrained model (all-MiniLM-L6-v2)"
@@ -25,6 +25,7 @@ help:
 	@echo "make library   measure every rule anew, for the table of peftc rules"
 	@echo "make bench     the measurements"
 	@echo "make soak      train, save, kill -9 and resume for 30 minutes: nothing lost or corrupt"
+	@echo "make kills     kill -9 merge, export and unmerge 200 times: whole or absent every time"
 	@echo "make survey    every model type of transformers, for hours"
 	@echo "make decoders  every decoder of transformers: cached steps, padding, attention, causality, greedy text"
 	@echo "make reference rules/REFERENCE.md and the tables in rules/README.md, from peftc's own tables"
@@ -73,6 +74,11 @@ survey: $(STAMP)
 MINUTES ?= 30
 soak: $(STAMP)
 	$(BIN)/python -W ignore tests/soak.py $(MINUTES)
+
+# `make kills KILLS=20` is shorter.
+KILLS ?= 200
+kills: $(STAMP)
+	$(BIN)/python -W ignore tests/kill_merge.py $(KILLS)
 
 # What is in the table already stays; `python tests/decoders.py --show` prints the misses and the totals.
 decoders: $(STAMP)

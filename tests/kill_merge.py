@@ -170,6 +170,8 @@ class Kills:
         wrong = self.undisturbed()
         while not wrong and sum(n for what, n in self.counts.items() if what.endswith(" killed")) < kills:
             wrong = self.once()
+            if sum(self.counts.values()) % 20 == 0:
+                print(time.strftime("%H:%M:%S"), dict(sorted(self.counts.items())), flush=True)
         for kind in dict.fromkeys(KINDS) if not wrong else ():
             shutil.rmtree(self.place / kind, ignore_errors=True)
             process = self.start(kind, "new", self.place / kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from peftc.runtime.quantized import OFF, check_form, refuse_quantized_checkpoint
 from peftc.runtime.quantized import quantize as quantize_base
 from peftc.runtime.saved import SavedDeltas
 from peftc.runtime.state import state_of
+from peftc.store.fingerprint import sample_digests
 from peftc.store.heads import resolve
 from peftc.store.keys import key_map
 from peftc.store.model_dir import ModelDir
@@ -155,6 +156,7 @@ def base_reference(base: ModelDir, head: str | None, num_labels: int | None, see
         "path": str(base.path.resolve()),
         "fingerprint": base.fingerprint(),
         "parts": base.fingerprint_parts().to_json(),
+        "samples": sample_digests(base.tensors),
         "head": head,
         "num_labels": num_labels,
         "seed": seed,
@@ -163,11 +165,27 @@ def base_reference(base: ModelDir, head: str | None, num_labels: int | None, see
 
 def check_fingerprint(delta: DeltaDir, base: ModelDir) -> None:
     """Refuse a base other than the one the delta was made on. Raises `PeftcError` E035."""
-    refuse_other_base(delta, base.fingerprint_parts(), base.path)
+    refuse_other_base(delta, base.fingerprint_parts(), base.path, lambda: _which_differ(delta, base))
 
 
-def refuse_other_base(delta: DeltaDir, base: Fingerprint, path: str | Path) -> None:
-    """Refuse a base, whose fingerprint this is, other than the one the delta was made on. Raises `PeftcError` E035."""
+def _which_differ(delta: DeltaDir, base: ModelDir) -> str:
+    """The tensors of a base that are not those the delta was made on, and their files; "" where that is not known."""
+    known = delta.manifest["base"].get("samples")
+    if not isinstance(known, dict):
+        return ""
+    names = [name for name, digest in sample_digests(base.tensors).items() if known.get(name) != digest]
+    if not names:
+        return ""
+    files = dict.fromkeys(base.tensors[name][0].path.name for name in names)
+    more = f" and {len(names) - 1} more of {len(base.tensors)}" if len(names) > 1 else ""
+    return f", {names[0]}{more}, in {', '.join(list(files)[:3])}{', ...' if len(files) > 3 else ''}"
+
+
+def refuse_other_base(
+    delta: DeltaDir, base: Fingerprint, path: str | Path, which: Callable[[], str] | None = None
+) -> None:
+    """Refuse a base, whose fingerprint this is, other than the one the delta was made on; `which` names its tensors
+    that differ. Raises `PeftcError` E035."""
     from peftc.store.fingerprint import Fingerprint
 
     parts = delta.manifest["base"]["parts"]
@@ -175,8 +193,10 @@ def refuse_other_base(delta: DeltaDir, base: Fingerprint, path: str | Path) -> N
         fail("E034", f"{delta.path} does not say which base it was made on", help="apply the rule again")
     differences = Fingerprint.from_json(parts).differences(base)
     if differences:
+        named = which() if which is not None and "the contents of tensors" in differences else ""
         fail(
             "E035",
-            f"{path} is not the base that {delta.path} was made on: they differ in {' and '.join(differences)}",
-            help="give the right base with --base, or apply the rule to this one",
+            f"{path} is not the base that {delta.path} was made on: they differ in {' and '.join(differences)}{named}",
+            help="give the right base with --base, or apply the rule to this one"
+            + ("; where it should be the right one, its file is damaged: download it again" if named else ""),
         )

@@ -65,6 +65,7 @@ def atomic_directory(target: str | Path, *, replace: bool) -> Iterator[Path]:
             fresh.mkdir()
             yield fresh
             _flush(fresh)
+            _check_target(place, final, replace=replace)  # something may have come there meanwhile
             _move_into_place(fresh, final)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)

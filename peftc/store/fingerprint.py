@@ -66,6 +66,21 @@ def fingerprint_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[Header
     return Fingerprint(canonical, names.hexdigest(), contents.hexdigest())
 
 
+def sample_digests(tensors: Mapping[str, tuple[Header, TensorInfo]]) -> dict[str, str]:
+    """Of each tensor's sampled bytes the first 16 hex digits of a sha256, so that one that changed can be named.
+
+    Raises:
+        PeftcError: E031, a file cannot be read.
+    """
+    found = {}
+    for name, (header, info) in tensors.items():
+        digest = hashlib.sha256()
+        for start in _sample_starts(info.nbytes):
+            digest.update(read_bytes(header, name, start, SAMPLE))
+        found[name] = digest.hexdigest()[:16]
+    return found
+
+
 def canonical_config(value: Any) -> Any:
     """The config without volatile keys and with one spelling of its dtype, at every depth."""
     if isinstance(value, Mapping):
