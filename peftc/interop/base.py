@@ -88,6 +88,11 @@ def _head_of(adapter: Adapter, base: ModelDir) -> str | None:
     return None
 
 
+def task_of(base: ModelDir, cls: type[PreTrainedModel]) -> str | None:
+    """PEFT's word for the task of a model class."""
+    return next((task for task, head in TASKS.items() if _class(base, head) is cls), None)
+
+
 def _class(base: ModelDir, head: str) -> type[PreTrainedModel] | None:
     from peftc.diagnostics import PeftcError
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from peftc.diagnostics import fail
-from peftc.interop.base import TASKS
 from peftc.interop.fitting import Fit, names_of
 from peftc.interop.saved import Saved
 from peftc.interop.table import Method, static
@@ -16,11 +15,14 @@ from peftc.lang.expr import evaluate_static
 
 
 def configured(
-    method: Method, found: Sequence[Fit], saved: Saved, base: Mapping[str, Any], program: Program
+    method: Method, found: Sequence[Fit], saved: Saved, program: Program, path: str, task: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json as a value. Raises `PeftcError` E083: layers that no one configuration describes."""
-    config: dict[str, Any] = {"peft_type": method.peft_type, "base_model_name_or_path": base["path"]}
-    config |= {"task_type": _task(base["head"]), "inference_mode": True, **saved.options}
+    """adapter_config.json as a value; `path` is the base's, `task` PEFT's word for its head.
+
+    Raises `PeftcError` E083: layers that no one configuration describes.
+    """
+    config: dict[str, Any] = {"peft_type": method.peft_type, "base_model_name_or_path": path}
+    config |= {"task_type": task, "inference_mode": True, **saved.options}
     config |= _constants(method, found)
     config |= _numbers(found)
     config |= _lists(found)
@@ -32,10 +34,6 @@ def configured(
         config["target_modules"] = sorted(paths) if listed else _targets(paths, program)
         config["fan_in_fan_out"] = any(fit.transposed for fit in found)
     return config
-
-
-def _task(head: str | None) -> str | None:
-    return next((task for task, name in TASKS.items() if name == head), None)
 
 
 def _constants(method: Method, found: Sequence[Fit]) -> dict[str, Any]:

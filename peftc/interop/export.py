@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from peftc.diagnostics import fail
 from peftc.interop.adapter import CONFIG, WEIGHTS
+from peftc.interop.base import task_of
 from peftc.interop.configuring import configured
 from peftc.interop.fitting import Fit, fits
-from peftc.interop.layout import PREFIX
+from peftc.interop.layout import PREFIX, SHORT_PREFIX
 from peftc.interop.packing import Piece, packed, packed_shape
 from peftc.interop.report import ExportReport
 from peftc.interop.saved import Saved, saved_behind, saved_parameters
@@ -37,6 +38,7 @@ from peftc.store.safetensors_io import TensorSpec, write
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Opened:
     program: Program
     plan: Plan
     parameters: Mapping[str, Any]
+    cls: type[PreTrainedModel]
 
 
 def export_adapter(
@@ -69,7 +72,8 @@ def export_adapter(
     method, found = _fitted(opened)
     adapted = {fit.path for fit in found if fit.layer.targets}
     saved = _saved(opened, method, adapted)
-    config = configured(method, found, saved, opened.delta.manifest["base"], opened.program)
+    task = task_of(opened.base, opened.cls)
+    config = configured(method, found, saved, opened.program, opened.delta.manifest["base"]["path"], task)
     if vllm:
         refuse_for_vllm(config)
     pieces = _pieces(opened, found)
@@ -93,7 +97,7 @@ def _opened(directory: str | Path, base: str | Path | None, progress: Progress) 
     parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
     shapes = {name: parameter.shape for name, parameter in plan.parameters.items()}
     check_names(delta.path, delta.header.tensors, shapes, {n: tuple(parameters[n].shape) for n in plan.trained})
-    return Opened(delta, source, program, plan, parameters)
+    return Opened(delta, source, program, plan, parameters, cls)
 
 
 def _saved(opened: Opened, method: Method, adapted: set[str]) -> Saved:
@@ -101,7 +105,9 @@ def _saved(opened: Opened, method: Method, adapted: set[str]) -> Saved:
     trained = [name for name in opened.plan.trained if name in opened.delta.header.tensors]
     if method.trains:
         return saved_behind(trained, opened.parameters, opened.program, method)
-    saved = saved_parameters(trained, opened.parameters, adapted, biases="lora_A.weight" in method.suffixes)
+    prefix = PREFIX if method.suffixes else SHORT_PREFIX
+    biases = "lora_A.weight" in method.suffixes
+    saved = saved_parameters(trained, opened.parameters, adapted, biases=biases, prefix=prefix)
     absent = [name for name in saved.tensors.values() if name not in opened.delta.header.tensors]
     if absent:
         message = f"{opened.delta.path} holds no {absent[0]}, which PEFT would save: it is tied, or was never trained"

@@ -131,6 +131,9 @@ def _place(edit: Edit, layer: Layer, wanted: Delta, program: Program) -> tuple[s
     """The module that the edit changes as the layer would, and whether it stores [in, out]; or why there is none."""
     tap, site = edit.site.taps[edit.tap], edit.site
     if layer.at in _MODEL:
+        reason = next((why for name, why in layer.unless.items() if name in site.taps), None)
+        if reason is not None:
+            return f"{site.describe()} has more than PEFT reads: {reason}"
         same = site.kind == layer.at and edit.tap in wanted.modify
         return (site.path, False) if same else f"{site.describe()} is no {layer.at}"
     modify = wanted.modify[0]

@@ -16,7 +16,8 @@ from peftc.interop.names import is_target
 from peftc.interop.table import Layer, Method
 
 PREFIX: Final = "base_model.model."
-_SHORT_PREFIX: Final = "base_model."
+SHORT_PREFIX: Final = "base_model."
+"""Of modules that a virtual prompt saves: its model wraps the base itself."""
 _WRAPPERS: Final = frozenset({"base_layer", "modules_to_save", "original_module", "ln_tuning_layers"})
 """What PEFT puts between the name of a module and that of its parameter."""
 
@@ -93,7 +94,7 @@ def _owner(key: str, method: Method) -> tuple[str, int, str] | None:
 
 def _parameter(key: str, parameters: Mapping[str, Any]) -> str | None:
     """The parameter of the base model that a tensor is called after."""
-    for prefix in (PREFIX, _SHORT_PREFIX):
+    for prefix in (PREFIX, SHORT_PREFIX):
         name = ".".join(part for part in key.removeprefix(prefix).split(".") if part not in _WRAPPERS)
         if key.startswith(prefix) and name in parameters:
             return name

@@ -32,12 +32,26 @@ def rows_of(adapter: Adapter, method: Method, modules: Sequence[Module], program
         places, found = groups.setdefault(key, ([], {}))
         places += sites
         found |= {site.path: module for site in sites}
+    for layer in method.layers:
+        if not layer.suffixes:
+            values = {name: _value(adapter, layer, None, entry, None) for name, entry in layer.values.items()}
+            sites = [site for site in program.sites if site.kind == layer.at]
+            _refuse_other_meaning(method, layer, sites)
+            groups[layer, tuple(values.items()), (), 0] = (sites, {})
     _refuse_absent(adapter, method, modules, program)
     rows: dict[str, Row] = {}
     for (layer, values, _, wraps), (sites, found) in groups.items():
         name = method.rule if not rows else f"{method.rule}_{len(rows) + 1}"
         rows[name] = Row(layer, dict(values), tuple(sites), wraps=wraps, modules=found)
     return rows
+
+
+def _refuse_other_meaning(method: Method, layer: Layer, sites: Sequence[Site]) -> None:
+    """Refuse a model for which PEFT and the row differ. Raises `PeftcError` E081."""
+    for tap, reason in layer.unless.items():
+        if any(tap in site.taps for site in sites):
+            message = f"a {method.peft_type} adapter of a model with a {tap} output is not read: {reason}"
+            fail("E081", message, help="train it again with peftc: `peftc apply` has the method as a rule")
 
 
 def _without_twins(adapter: Adapter, method: Method, modules: Sequence[Module], program: Program) -> Iterator[Module]:
@@ -122,15 +136,20 @@ def _refuse_suffixes(adapter: Adapter, method: Method, module: Module, suffixes:
     fail("E082", message, help="the file is not whole, or the adapter is of a kind that peftc does not read")
 
 
-def _value(adapter: Adapter, layer: Layer, module: Module, entry: Any, site: Site) -> Any:
-    """A number of the row, for one module."""
+def _value(adapter: Adapter, layer: Layer, module: Module | None, entry: Any, site: Site | None) -> Any:
+    """A number of the row, for one module; None where the layer's tensors are the whole model's."""
+    path = "" if module is None else module.path
     if not isinstance(entry, Mapping):
         return entry
     if "indices" in entry or "count" in entry:
-        found = indices(adapter, entry.get("indices") or entry["count"], module.path)
+        found = indices(adapter, entry.get("indices") or entry["count"], path)
         return found if "indices" in entry else len(found)
     if "option" in entry:
-        return number(adapter, entry, module.path)
+        return number(adapter, entry, path)
     *over, parameter, axis = entry.get("size") or entry["over"]
-    size = adapter.tensors[module.keys[layer.tensors[parameter].key]].shape[axis]
-    return int(site.dims[over[0]]) // size if over else size
+    view = layer.tensors[parameter]
+    key = view.key[1:] if module is None else module.keys[view.key]
+    if key not in adapter.tensors:
+        fail("E082", f"{adapter.path}: {key} is missing", help="the file is not whole: save the adapter again")
+    size = adapter.tensors[key].shape[axis]
+    return int(site.dims[over[0]]) // size if over and site is not None else size

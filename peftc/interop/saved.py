@@ -22,9 +22,10 @@ class Saved:
 
 
 def saved_parameters(
-    trained: Collection[str], parameters: Collection[str], adapted: Collection[str], *, biases: bool
+    trained: Collection[str], parameters: Collection[str], adapted: Collection[str], *, biases: bool, prefix: str
 ) -> Saved:
-    """How an adapter holds `trained`; `adapted` are its modules, `biases` whether its method has a `bias` option.
+    """How an adapter holds `trained`; `adapted` are its modules, `biases` whether its method has a `bias`
+    option, `prefix` what stands before the names of modules that are saved whole.
 
     Raises `PeftcError` E083: a module is trained in part, and PEFT saves modules whole.
     """
@@ -36,7 +37,7 @@ def saved_parameters(
         if names and names <= set(trained):
             rest = _modules(set(trained) - names, parameters, adapted, names)
             return Saved({**_biases(names, adapted), **rest.tensors}, {"bias": word, **rest.options})
-    return _modules(set(trained), parameters, adapted, frozenset())
+    return _modules(set(trained), parameters, adapted, frozenset(), prefix)
 
 
 def _biases(names: Collection[str], adapted: Collection[str]) -> dict[str, str]:
@@ -48,7 +49,11 @@ def _biases(names: Collection[str], adapted: Collection[str]) -> dict[str, str]:
 
 
 def _modules(
-    trained: Collection[str], parameters: Collection[str], adapted: Collection[str], also: Collection[str]
+    trained: Collection[str],
+    parameters: Collection[str],
+    adapted: Collection[str],
+    also: Collection[str],
+    prefix: str = PREFIX,
 ) -> Saved:
     paths = sorted({name.rpartition(".")[0] for name in trained})
     for path in paths:
@@ -62,7 +67,7 @@ def _modules(
     if not paths:
         return Saved()
     names = [name for name in parameters if name.rpartition(".")[0] in paths]
-    return Saved({PREFIX + name: name for name in names}, {"modules_to_save": paths})
+    return Saved({prefix + name: name for name in names}, {"modules_to_save": paths})
 
 
 def saved_behind(trained: Collection[str], parameters: Collection[str], program: Program, method: Method) -> Saved:

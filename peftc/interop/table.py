@@ -56,6 +56,8 @@ class Layer:
     """Whether the layer changes weights that are tied to its own, too."""
     targets: bool = True
     """Whether `target_modules` lists the modules with such a layer."""
+    unless: Mapping[str, str] = field(default_factory=dict)
+    """Taps of sites at which PEFT computes something else, with what."""
 
     @property
     def scale(self) -> str | None:
@@ -118,7 +120,20 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
     values, when, apart = entry.get("values", {}), entry.get("when", {}), tuple(entry.get("apart", ()))
     tied, targets = entry.get("tied", False), entry.get("targets", True)
     config, lists = entry.get("config", {}), entry.get("lists", "")
-    return Layer(entry["at"], tensors, entry["row"], values, when, fits, apart, config, lists, tied, targets)
+    return Layer(
+        entry["at"],
+        tensors,
+        entry["row"],
+        values,
+        when,
+        fits,
+        apart,
+        config,
+        lists,
+        tied,
+        targets,
+        entry.get("unless", {}),
+    )
 
 
 def _view(entry: str | Mapping[str, Any]) -> View:

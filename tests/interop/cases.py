@@ -15,6 +15,7 @@ FEEDFORWARD = {"bert": "intermediate.dense", "llama": "down_proj", "gpt2": "mlp.
 LAST = {"bert": "pooler.dense", "llama": "norm", "gpt2": "ln_f"}
 NOT_CONV1D = ("bert", "llama")
 """PEFT has not every method for GPT-2's Conv1D."""
+DECODERS = ("llama", "gpt2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Case:
     configure: Callable[[str], Any]
     families: tuple[str, ...] = FAMILIES
     unmerged: tuple[str, ...] = ()
-    """Where a plain checkpoint cannot hold it: a bias where the layer has none, a change of one of two tied weights."""
+    """Where a plain checkpoint cannot hold it: a bias of a layer without, one of two tied weights, a prompt."""
 
 
 def _of(name: str, targets: Callable[[str], Any] = TARGETS.__getitem__, **options: Any) -> Callable[[str], Any]:
@@ -32,6 +33,15 @@ def _of(name: str, targets: Callable[[str], Any] = TARGETS.__getitem__, **option
         import peft
 
         return getattr(peft, name)(task_type=TASK[family], target_modules=targets(family), **options)
+
+    return configure
+
+
+def _virtual(name: str, **options: Any) -> Callable[[str], Any]:
+    def configure(family: str) -> Any:
+        import peft
+
+        return getattr(peft, name)(task_type=TASK[family], num_virtual_tokens=5, **options)
 
     return configure
 
@@ -84,4 +94,6 @@ CASES: Mapping[str, Case] = {
     "VeRA": Case(_of("VeraConfig", r=4)),
     "OFT": Case(_of("OFTConfig", r=0, oft_block_size=8), NOT_CONV1D),
     "OFT, exact Cayley transform": Case(_of("OFTConfig", r=0, oft_block_size=8, use_cayley_neumann=False), NOT_CONV1D),
+    "prompt tuning": Case(_virtual("PromptTuningConfig"), DECODERS, unmerged=DECODERS),
+    "p-tuning": Case(_virtual("PromptEncoderConfig", encoder_hidden_size=8), DECODERS, unmerged=DECODERS),
 }

@@ -101,12 +101,13 @@ def _made(family: str, config: Any, place: Path) -> Made:
     base, adapter = place / "base", place / "adapter"
     model(family).save_pretrained(base)
     torch.manual_seed(4)
-    fresh = peft.get_peft_model(model(family), config, autocast_adapter_dtype=False).double()
+    fresh = peft.get_peft_model(model(family), config, autocast_adapter_dtype=False)
+    fresh = fresh if config.is_prompt_learning else fresh.double()  # PEFT loads prompts in float32
     _randomize(fresh)
     fresh.save_pretrained(adapter)
     again = loaded(family, adapter)
     trained = {_key(name): value for name, value in again.named_parameters() if value.requires_grad}
-    return Made(family, base, adapter, again, trained)
+    return Made(family, base, adapter, again, {} if config.is_prompt_learning else trained)
 
 
 def loaded(family: str, adapter: Path) -> Any:

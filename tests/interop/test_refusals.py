@@ -187,3 +187,9 @@ def test_pickle_that_runs_code_is_refused_and_not_run(adapter: Path, base: Path)
 def test_regular_expression_that_may_take_forever_is_not_run(adapter: Path, base: Path) -> None:
     configure(adapter, alpha_pattern={"(.*)*x(.*)*y": 3})
     assert "regular expression" in told("E081", adapter, base)
+
+
+def test_prefix_is_refused_with_what_is_read(adapter: Path, base: Path) -> None:
+    """PEFT counts the tokens' positions from the end of the prefix, which no rule says yet."""
+    configure(adapter, peft_type="PREFIX_TUNING")
+    assert "PREFIX_TUNING are not read" in told("E081", adapter, base)
