@@ -23,6 +23,10 @@ _FLAG: dict[object, int] = {
     aten.alpha_dropout.default: 2,
     aten.rrelu.default: 3,
     aten.batch_norm.default: 5,
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
 }
 """The position of each op's `training` argument."""
 
@@ -62,6 +66,30 @@ def _keep_every_path(rand: fx.Node) -> None:
     scaled = next((node for node in product.all_input_nodes if is_call(node, aten.div.Tensor)), None)
     if scaled is not None and scaled.args[1] == total.args[1]:
         product.replace_all_uses_with(scaled.args[0])  # pyright: ignore[reportArgumentType]
+
+
+def draws(graph: fx.Graph) -> list[fx.Node]:
+    """What an evaluation graph still draws at random and its outputs depend on."""
+    needed: set[fx.Node] = set()
+    queue = [graph.output_node()]
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue.extend(node.all_input_nodes)
+    return [n for n in graph.nodes if _random(n) and (n in needed or (_writes(n) and n.all_input_nodes[0] in needed))]
+
+
+def _random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    known = node.target in _FLAG or is_call(node, aten.scaled_dot_product_attention.default)
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags and not known
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether it changes its first operand, which others read."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and bool(node.all_input_nodes)
 
 
 def _only_user(node: fx.Node | None, *ops: object) -> fx.Node | None:

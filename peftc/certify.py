@@ -134,13 +134,15 @@ def refuse_failed(comparisons: Iterable[Comparison]) -> None:
             )
 
 
-def random_batches(specs: Mapping[str, InputSpec], vocabulary: int, *, seed: int = 0) -> list[tuple[str, Inputs]]:
-    """One batch for each of `SHAPES`; with a batch of more than one, some rows are padded on the right."""
+def random_batches(
+    specs: Mapping[str, InputSpec], vocabulary: int, *, seed: int = 0, shapes: Sequence[Mapping[str, int]] = SHAPES
+) -> list[tuple[str, Inputs]]:
+    """One batch for each of `shapes`; with a batch of more than one, some rows are padded on the right."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    for sizes in SHAPES:
+    for sizes in shapes:
         tensors: dict[str, torch.Tensor] = {}
         for name, spec in specs.items():
             shape = [sizes[s] if isinstance(s, str) else s for s in spec.sizes]

@@ -20,6 +20,7 @@ from peftc.backends.onnx_graph import name_inputs, onnx_graph
 from peftc.backends.onnx_weights import Weights, WeightsFile
 from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec, default_inputs, forward_arguments
+from peftc.ir.program import results
 from peftc.store.atomic import check_free_space
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def save_graph(model: ir.Model, path: Path, *, fused: bool = False) -> Path:
 
 
 def output_names(program: Program) -> tuple[str, ...]:
-    """The output class's field names; entries of a tuple field are numbered."""
+    """The output class's field names; entries of a tuple field are numbered. A plain number is no output of ONNX."""
     spec = program.exported.call_spec.out_spec
     assert spec is not None
     names: list[str] = []
@@ -209,4 +210,5 @@ def output_names(program: Program) -> tuple[str, ...]:
     for key, child in zip(keys, spec.children(), strict=False):
         leaves = child.num_leaves
         names.extend([str(key)] if leaves == 1 else [f"{key}.{i}" for i in range(leaves)])
-    return tuple(names) or tuple(f"output_{i}" for i in range(spec.num_leaves))
+    names = names or [f"output_{i}" for i in range(spec.num_leaves)]
+    return tuple(n for n, value in zip(names, results(program.graph), strict=True) if isinstance(value, torch.fx.Node))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftc.backends.onnx_repairs import repair
 from peftc.diagnostics import fail
 from peftc.passes.set_mode import SetMode
 from peftc.runtime.executor import move_to
@@ -43,6 +44,7 @@ def onnx_graph(program: Program, specs: Mapping[str, InputSpec], outputs: Sequen
     """
     SetMode(training=False).apply_to(program.graph)
     move_to(program.graph, torch.device("cpu"))
+    repair(program.graph)
     exported = _called_by_name(program.to_exported(_fake_state(program)))
     with quiet_exporter():
         from torch.export.passes import move_to_device_pass

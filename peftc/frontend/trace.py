@@ -23,13 +23,14 @@ from torch import fx
 from peftc.diagnostics import fail
 from peftc.frontend.host_constants import HostConstants
 from peftc.frontend.inputs import InputSpec, default_inputs, forward_arguments
+from peftc.frontend.masks import masks_by_broadcasting
+from peftc.frontend.noise import UNTRACEABLE, without_noise
 from peftc.frontend.random_depth import without_random_depth
 from peftc.ir.guards import guards_of
 from peftc.ir.program import Program, is_call
 from peftc.store.trace_cache import TraceCache, key_of
 
 if TYPE_CHECKING:
-    from torch.export import ExportedProgram
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
@@ -41,7 +42,7 @@ __all__ = ["LABELS", "InputSpec", "Skeleton", "build_skeleton", "default_inputs"
 LABELS = "loss_labels"
 """The exporter refuses an input called `labels`; the graph's loss input has this name instead."""
 
-_SAMPLES = {
+SAMPLES = {
     "batch": 3,
     "sequence": 11,
     "target": 13,
@@ -93,12 +94,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def sample(spec: InputSpec, device: str = "meta") -> torch.Tensor:
     """A tensor of the sizes the trace is made with."""
-    sizes: list[int] = [_SAMPLES[size] if isinstance(size, str) else size for size in spec.sizes]
+    sizes: list[int] = [SAMPLES[size] if isinstance(size, str) else size for size in spec.sizes]
     return torch.ones(sizes, dtype=spec.dtype, device=device)
-
-
-UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
-"""What torch.export raises, and what a model's own forward raises, when the model cannot be traced."""
 
 
 def _read(node: fx.Node) -> bool:
@@ -140,12 +137,11 @@ def trace(
             settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
             with quiet():
                 exporter = DynamoExporter()
-            exported = _export(exporter, model, tensors, settings, fixed, layout)
-            program = Program.from_exported(exported)
+            program = _export(exporter, model, tensors, settings, fixed, layout)
             program.guards = guards_of(program, {name: spec.sizes for name, spec in renamed.items()})
             if program.guards is None:  # a file does not hold them
                 with quiet():
-                    cache.write(key, exported)
+                    cache.write(key, program.exported)
         else:
             program = Program.from_exported(exported)
     used = {binding.name for node, binding in program.bindings.items() if binding.kind == "constant" and _read(node)}
@@ -180,10 +176,20 @@ def _export(
     settings: DynamoConfig,
     flags: Mapping[str, Any],
     layout: CacheLayout | None,
-) -> ExportedProgram:
-    with quiet(), without_random_depth(model), HostConstants(), _called_with(model, flags, layout):
+) -> Program:
+    def made() -> Program:
+        exported: Any = exporter.export(model, dict(tensors), config=settings)
+        return Program.from_exported(getattr(exported, "program", exported))  # transformers 5.20 returns it bare
+
+    with (
+        quiet(),
+        without_random_depth(model),
+        HostConstants(),
+        masks_by_broadcasting(),
+        _called_with(model, flags, layout),
+    ):
         try:
-            exported: Any = exporter.export(model, dict(tensors), config=settings)
+            return without_noise(model, made)
         except UNTRACEABLE as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             names = ", ".join("labels" if name == LABELS else name for name in tensors)
@@ -192,7 +198,6 @@ def _export(
                 f"torch.export cannot trace {type(model).__name__} for the inputs {names}: {reason[0]}",
                 help="try another head (--head) or other inputs; the model class itself must be traceable",
             )
-    return getattr(exported, "program", exported)  # transformers 5.20 returns it bare
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ Passes change a program in place; the graph never holds a weight, so this costs 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -287,10 +287,13 @@ class Program:
         )
 
     def _output_specs(self) -> list[Any]:
-        from torch.export.graph_signature import OutputKind, OutputSpec
+        from torch.export.graph_signature import ConstantArgument, OutputKind, OutputSpec
 
-        nodes = result_nodes(self.graph)
-        return [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in nodes]
+        arguments = [
+            TensorArgument(result.name) if isinstance(result, fx.Node) else ConstantArgument("", result)
+            for result in results(self.graph)
+        ]
+        return [OutputSpec(OutputKind.USER_OUTPUT, argument, None) for argument in arguments]
 
 
 def is_call(node: object, *targets: object) -> bool:
@@ -309,11 +312,16 @@ def operand(node: fx.Node, index: int) -> fx.Node:
     return argument
 
 
+def results(graph: fx.Graph) -> Sequence[Any]:
+    """What a graph returns: nodes, and plain numbers such as the sizes of feature maps."""
+    found = graph.output_node().args[0]
+    assert isinstance(found, (list, tuple))
+    return found
+
+
 def result_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that a graph returns."""
-    results = graph.output_node().args[0]
-    assert isinstance(results, (list, tuple))
-    return [node for node in results if isinstance(node, fx.Node)]
+    return [node for node in results(graph) if isinstance(node, fx.Node)]
 
 
 def is_getitem(node: object) -> bool:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 VARIABLE = "PEFTC_CACHE"
 """The environment variable that names the directory; `off` keeps nothing."""
 
-_FORMAT = 1
+_FORMAT = 2
 _MAGIC = b"peftc trace sha256 "
 _LIMIT = 1 << 30
 """Bytes that the directory may hold; the traces used least recently go first."""

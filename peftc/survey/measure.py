@@ -142,6 +142,9 @@ def _try_rules(subject: Subject, record: Record, *, onnx: bool, show: Callable[[
     except _ANY as error:
         record.reasons.append(f"the traced graph does not run: {type(error).__name__}: {_first_line(error)}")
         return
+    if trial.held:
+        axes = " and ".join(f"{axis} {size}" for axis, size in sorted(trial.held.items()))
+        record.notes.append(f"a trace holds for one length, and others are traced anew; measured at {axes}")
     for rule, hyper in RULES.items():
         if record.found["attention"] == 0 or (rule != "lora" and record.found["ffn"] == 0):
             record.rules[rule] = "no such site"

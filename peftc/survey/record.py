@@ -34,6 +34,8 @@ class Record:
     rules: dict[str, Step] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     """Each miss in words."""
+    notes: list[str] = field(default_factory=list)
+    """What is no miss and still to be known: a trace that holds for one length only."""
     full: bool = False
     """Whether rules were asked for, and ONNX; a row of sites alone says nothing about either."""
     measured: str = ""

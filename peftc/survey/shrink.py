@@ -21,6 +21,7 @@ Rule = tuple[str, int]
 RULES: tuple[Rule, ...] = (
     (r"num_(local_)?experts|n_routed_experts|num_routed_experts|moe_num_experts", 4),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts|moe_top_k", 2),
+    (r"index_n_heads", 32),  # scores of few heads are often zero in all of them, and the best of those are no one's
     (r"n_group|topk_group|n(um)?_shared_experts", 1),
     (r"(\w+_)?codebook_size", 64),  # some ask for a power of two
     (r"(\w+_)?(vocab_size|vocab_sizes|num_embeddings)(_per_layer_input)?", VOCABULARY),

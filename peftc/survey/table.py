@@ -90,7 +90,7 @@ def _cells(record: Record) -> list[str]:
     counts = [_count(record, kind) for kind in ("attention", "ffn")]
     rules = [record.rules.get(rule, "-") for rule in RULES]
     yes = ["yes" if answer else "no" for answer in (record.built, record.traced)]
-    return [record.family, *yes, *counts, *rules, "; ".join(map(told, record.reasons))]
+    return [record.family, *yes, *counts, *rules, "; ".join([*map(told, record.reasons), *record.notes])]
 
 
 def _count(record: Record, kind: str) -> str:

@@ -33,6 +33,14 @@ def random_state(skeleton: Skeleton, program: Program, *, seed: int = 1) -> dict
         if id(parameter) not in made:
             noise = torch.randn(parameter.shape, generator=generator)
             scale = parameter.dim() == 1 and name.endswith("weight")
-            made[id(parameter)] = 1 + 0.1 * noise if scale else 0.15 * noise
+            made[id(parameter)] = 1 + 0.1 * noise if scale else 0.15 * noise * _narrowed(parameter)
         state[name] = made[id(parameter)]
     return state
+
+
+def _narrowed(parameter: torch.Tensor) -> float:
+    """A factor for wide matrices: products of unit rows with them stay of the size that narrow ones give.
+
+    Scores in the hundreds would round the softmax of an attention to one key, and no gradient would pass.
+    """
+    return min(1.0, (128 / parameter.shape[-1]) ** 0.5) if parameter.dim() == 2 else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -18,6 +19,7 @@ from peftc.survey.shrink import Attempt, attempts, default_config, shrink
 from peftc.survey.sweep import every_family, sweep
 from peftc.survey.table import table
 from peftc.survey.totals import Part, lines, sums, totals
+from peftc.survey.trial import fitting_shapes, markers
 
 
 def test_a_config_is_cut_to_the_first_layer_of_each_type() -> None:
@@ -101,6 +103,24 @@ def test_an_unknown_model_type_is_told_with_the_nearest() -> None:
     result = CliRunner().invoke(app, ["families", "lama"])
     assert result.exit_code == 2
     assert "E032" in result.stderr and "did you mean `llama`?" in result.stderr
+
+
+def test_sizes_that_a_trace_fixes_are_kept_and_the_others_vary() -> None:
+    program = SimpleNamespace(fixed={"sequence": 11}, guards=None)
+    shapes, held = fitting_shapes(program)  # pyright: ignore[reportArgumentType]
+    assert held == {"sequence": 11}
+    assert [(s["batch"], s["sequence"], s["target"]) for s in shapes] == [(3, 11, 4), (2, 11, 9)]
+
+
+def test_tokens_that_stand_for_no_text_are_read_from_the_config() -> None:
+    config = SimpleNamespace(image_token_id=21, audio_token_index=20, video_token_id=None, eos_token_id=2)
+    assert markers(config) == [20, 21]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["canine", "higgs_audio_v2", "maskformer-swin", "phimoe", "nemotron_asr_streaming"])
+def test_mam_gets_to_onnx_where_one_length_markers_numbers_noise_or_masks_stood_in_the_way(family: str) -> None:
+    assert measure(family, onnx=True).rules["mam"] == "onnx"
 
 
 @pytest.mark.slow
