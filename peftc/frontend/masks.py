@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -20,12 +21,18 @@ def masks_by_broadcasting() -> Iterator[None]:
     """For as long as the context lasts."""
     from transformers import masking_utils
 
-    original = masking_utils._vmap_expansion_sdpa
-    masking_utils._vmap_expansion_sdpa = _broadcast
+    names: dict[str, Any] = {
+        "_vmap_expansion_sdpa": _broadcast,
+        "TransformGetItemToIndex": contextlib.nullcontext,  # indexing inside vmap, by an op that no graph runs
+    }
+    originals = {name: getattr(masking_utils, name) for name in names if hasattr(masking_utils, name)}
+    for name in originals:
+        setattr(masking_utils, name, names[name])
     try:
         yield
     finally:
-        masking_utils._vmap_expansion_sdpa = original
+        for name, original in originals.items():
+            setattr(masking_utils, name, original)
 
 
 def _broadcast(mask: Mask) -> Mask:
