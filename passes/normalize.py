@@ -9,7 +9,7 @@
 - integers that `histc` counts become floats, which it counts on the CPU too;
 - a weight times turned rows, W xᵀ (Mamba's step sizes), becomes the linear layer that it is;
 - an einsum that is a product of matrices becomes one, and attention with the sequence in front of the batch becomes one
-  with the batch in front;
+  with the batch in front; attentions with the same weights and other values become one with longer values;
 - a value made empty and then filled piece by piece becomes the `cat` of its pieces;
 - what nothing uses any more is removed.
 
@@ -28,6 +28,7 @@ from peftc.ir.builder import Builder
 from peftc.ir.program import Program, is_call, is_getitem, operand, shape_of
 from peftc.locate.batch_first import batch_first
 from peftc.locate.einsum import einsum_to_matmul
+from peftc.locate.twins import join_twins
 from peftc.locate.walk import PIECES, VIEWS
 
 aten = torch.ops.aten
@@ -61,6 +62,7 @@ class Normalize:
                 _pieces_to_cat(program, node)
         graph.eliminate_dead_code(_is_kept)
         batch_first(program)
+        join_twins(program)
         graph.eliminate_dead_code(_is_kept)
 
 

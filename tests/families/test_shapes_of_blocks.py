@@ -248,15 +248,37 @@ def test_mam_applies_to_latent_attention_with_keys_wider_than_values() -> None:
     assert (shapes["P_k"], shapes["P_v"]) == ((3, 4, 16), (3, 4, 8))
 
 
-def test_two_softmaxes_over_the_same_projections_are_one_attention_that_takes_no_prefix() -> None:
+def test_a_prefix_is_seen_by_both_halves_of_a_difference_of_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: each of the two calls gets the keys, and its own half of the values."""
+    base, state, inputs = located("diffllama")
     sites = of_kind("diffllama", "attention")
     assert [site.path for site in sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert all({"x", "q", "k", "v", "concat", "out"} <= set(site.taps) for site in sites)
+    assert all({"x", "q", "k", "v", "heads", "out"} <= set(site.taps) for site in sites)
     assert all(site.variant == "self" and site.causal for site in sites)
-    with pytest.raises(PeftcError) as caught:
-        rewrite(copied(located("diffllama")[0]), load_rule("mam", {"l": 3, "r": 4}))
-    (told,) = caught.value.diagnostics
-    assert "several softmaxes over the same projections" in told.message
+    program = copied(base)
+    plan = rewrite(program, load_rule("prefix", {"l": 3}))
+    generator = torch.Generator().manual_seed(3)
+    rows = {n: torch.randn(p.shape, generator=generator) for n, p in sorted(plan.parameters.items())}
+    pairs = [
+        [rows[f"{site.path}.peftc.prefix.{name}"].transpose(0, 1)[None] for name in ("P_k", "P_v")] for site in sites
+    ]
+    calls = iter((keys, values) for keys, both in pairs for values in both.chunk(2, -1))
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def longer(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+        k, v = (torch.cat([r.expand(*q.shape[:2], -1, -1), b], 2) for r, b in zip(next(calls), (k, v), strict=True))
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf)
+        return plain(q, k, v, torch.nn.functional.pad(attn_mask, (3, 0)), **{**options, "is_causal": False})
+
+    model = CONFIGS["diffllama"][0](CONFIGS["diffllama"][1]).eval()
+    model.load_state_dict({n: v for n, v in state.items() if n in model.state_dict()}, strict=True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", longer)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    monkeypatch.undo()
+    found, seen = answer(program, {**state, **rows}, inputs), inputs["attention_mask"].bool()
+    assert (found - expected)[seen].abs().max() <= TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["zamba", "zamba2"])
