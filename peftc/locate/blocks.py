@@ -1,7 +1,8 @@
 """Blocks, layers and stacks: which transformer layer a site belongs to.
 
-A block is the smallest repeated module (a path that ends in an index) around one self attention; without any
-attention, the first index in the path. Blocks are numbered in graph order within their stack and tower: blocks whose
+A block is the smallest repeated module (a path that ends in an index) around one self attention, and what stands
+beside it in the same list, such as the state-space layers of a hybrid; without any attention, the first index in the
+path. Blocks are numbered in graph order within their stack and tower: blocks whose
 paths differ in nothing but indices are one tower, as the language and the vision model of LLaVA are two. A stack is the
 encoder when its hidden states are what some cross attention attends to, or when nothing in its tower is causal.
 """
@@ -29,6 +30,8 @@ def assign_blocks(program: Program, sites: list[Site]) -> list[Site]:
     selves = [site for site in sites if site.kind == "attention" and site.variant == "self"]
     anchors = [site.path for site in selves] or [site.path for site in sites if site.kind == "ffn"]
     blocks = _block_paths(anchors or [site.path for site in sites])
+    if anchors:
+        blocks += _other_layers(blocks, [site.path for site in sites])
     for site in sites:
         site.block = next((block for block in blocks if _inside(site.path, block)), "")
     stack_of = _stacks(sites)
@@ -91,6 +94,19 @@ def _block_paths(paths: list[str]) -> list[str]:
         single = [p for p in prefixes if sum(_inside(other, p) for other in set(paths)) == 1]
         if prefixes:
             found[single[0] if single else prefixes[-1]] = None
+    return list(found)
+
+
+def _other_layers(blocks: list[str], paths: list[str]) -> list[str]:
+    """The layers of a hybrid that have no such anchor: what stands beside the blocks under another number."""
+    lists = {block.rpartition(".")[0] for block in blocks}
+    found: dict[str, None] = {}
+    for path in paths:
+        for match in re.finditer(r"(?<![^.])\d+(?=\.|$)", path):
+            layer = path[: match.end()]
+            beside = path[: match.start()].removesuffix(".") in lists
+            if beside and not any(_inside(layer, block) or _inside(block, layer) for block in blocks):
+                found[layer] = None
     return list(found)
 
 

@@ -21,6 +21,7 @@ from peftc.runtime.executor import Executor
 from peftc.survey import census
 from peftc.survey.weights import random_state
 from tests.families.test_shapes_of_blocks import beside
+from tests.families.test_shapes_of_blocks import of_kind as shapes_of
 
 TOLERANCE = 1e-5
 TEXT: dict[str, Any] = {
@@ -206,3 +207,11 @@ def test_class_names_tell_two_streams_and_the_model_s_own_name_apart() -> None:
     config = transformers.ConvBertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, vocab_size=50)
     kinds = census._kinds(build_skeleton(transformers.ConvBertModel, config, torch.float32).model)
     assert kinds == {"encoder.layer.0.attention.self": "attention", "encoder.layer.0.intermediate": "ffn"}
+
+
+def test_the_layers_of_a_hybrid_without_attention_have_their_number() -> None:
+    numbers = {site.path.split(".")[2]: site.layer for site in shapes_of("zamba", "linear") if "layers" in site.path}
+    assert numbers == {"0": 0, "1": 1, "2": 2}
+    assert [site.layer for site in shapes_of("zamba", "attention")] == [1, 2]
+    assert [site.path for site in shapes_of("zamba", "block")] == [f"model.layers.{layer}" for layer in range(3)]
+    assert {site.dims["layers"] for site in shapes_of("zamba", "ffn")} == {3}
