@@ -14,6 +14,7 @@ from peftc.adapted import Adapted
 from peftc.certify import Comparison, Inputs, compared
 from peftc.comparing import TOLERANCE, batches_for, tensors_of, vocabulary_of, word
 from peftc.comparing_onnx import Outputs, in_torch, is_large
+from peftc.diagnostics import PeftcError, fail
 from peftc.frontend.trace import InputSpec, build_skeleton
 from peftc.hotswap.base import BaseTensors
 from peftc.ort.session import Session
@@ -24,7 +25,7 @@ from peftc.runtime.streamed import StreamedRun
 def compare_session(
     directory: Path, adapters: Mapping[str, Adapted], specs: Mapping[str, InputSpec], texts: Sequence[str]
 ) -> dict[str, list[Comparison]]:
-    """By adapter, "" for none."""
+    """By adapter, "" for none. Raises `PeftcError` E090 where onnxruntime does not run an op at size 0."""
     session, first = Session(directory), next(iter(adapters.values()))
     batches = batches_for(first, specs, texts)
     inputs = [given for _, given in batches]
@@ -45,7 +46,12 @@ def compare_session(
 
 def _run(session: Session, inputs: Inputs, adapter: str) -> list[torch.Tensor]:
     feeds = {name: inputs[name].numpy() for name in session.inputs}
-    return [torch.from_numpy(value) for value in session.run(feeds, adapter or None).values()]
+    try:
+        return [torch.from_numpy(value) for value in session.run(feeds, adapter or None).values()]
+    except PeftcError as error:
+        what = f"the adapter {adapter}" if adapter else "every delta left out"
+        reason = error.diagnostics[0].message.partition(": ")[2]
+        fail("E090", f"onnxruntime does not run the model with {what}: {reason}", help="export the deltas apart")
 
 
 def _base(adapted: Adapted, specs: Mapping[str, InputSpec], inputs: Sequence[Inputs]) -> Outputs:

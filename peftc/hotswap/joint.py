@@ -17,13 +17,12 @@ from torch import fx
 
 from peftc.diagnostics import fail
 from peftc.hotswap.neutral import Proof, neutral_value
-from peftc.hotswap.sizes import Shape, with_open
+from peftc.hotswap.sizes import Shape, insert, with_open
 from peftc.hotswap.structure import Structure, numbers_in
 from peftc.ir.builder import Builder
 from peftc.ir.copying import copied
 from peftc.ir.initial import Init
 from peftc.ir.program import Binding, DeltaParameter, Insertion, Program, is_call
-from peftc.passes.insert import Insert
 from peftc.passes.set_mode import SetMode
 from peftc.plan import Plan, make_plan
 
@@ -83,7 +82,7 @@ def joint_program(base: Program, groups: Sequence[Group], trained: Sequence[str]
         shapes = _shapes(group)
         plan, opened = with_open(_renamed(group, own), program, shapes)
         start = len(program.ledger)
-        Insert(plan).apply(program)
+        insert(plan, program)
         symbols |= {symbol.node.expr for symbol in opened.values()}
         for parameter in plan.parameters.values():
             name, value = parameter.name, neutral_value(parameter)

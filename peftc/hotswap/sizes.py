@@ -9,6 +9,7 @@ a size that an expression spells out, becomes that number. What is still a symbo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from peftc.ir.program import DeltaParameter, Program
+from peftc.passes.insert import Insert
 from peftc.plan import Plan
 
 Shape = tuple["int | str", ...]
@@ -51,6 +53,13 @@ def with_open(plan: Plan, program: Program, shapes: Mapping[str, Shape]) -> tupl
                 symbols[word] = fresh(size)
     made = _with_shapes(plan, lambda p: tuple(symbols.get(w, w) for w in shapes[p.name]))  # pyright: ignore[reportCallIssue, reportArgumentType]
     return made, symbols
+
+
+def insert(plan: Plan, program: Program) -> None:
+    """Insert a plan with open sizes. torch warns of symbols among the arguments of ops; they are wanted here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Raw SymInt", UserWarning)
+        Insert(plan).apply(program)
 
 
 def number_of(size: Any) -> int | None:

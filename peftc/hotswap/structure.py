@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from peftc.diagnostics import PeftcError
-from peftc.hotswap.sizes import Shape, number_of, opened, shapes_of
+from peftc.hotswap.sizes import Shape, insert, number_of, opened, shapes_of
 from peftc.ir.copying import copied
 from peftc.ir.program import Insertion, Program, is_call
 from peftc.lang.loader import parse_rule
@@ -44,7 +44,7 @@ def structure_of(rule: Rule, program: Program, fresh: frozenset[str]) -> Structu
     """The structure of a rule's deltas on a located program, which stays as it is. Raises what the rule says."""
     example, trial = _without_ones(rule, program, fresh), copied(program)
     plan = opened(make_plan(example, trial, fresh=fresh), trial)
-    Insert(plan).apply(trial)
+    insert(plan, trial)
     lifted = frozenset(_lifted(rule, program, fresh))
     shapes = shapes_of(plan)
     return Structure(example, shapes, lifted, _signature(trial, plan, shapes, lifted))
