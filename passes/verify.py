@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from peftc.diagnostics import fail
-from peftc.ir.program import Program
+from peftc.ir.program import Program, is_call
+from peftc.locate.walk import PIECES, VIEWS
 
 _NO_GRADIENT = frozenset({
     "sign", "le", "lt", "ge", "gt", "eq", "ne", "argmax", "argmin", "floor", "round", "detach", "ones_like",
@@ -69,14 +70,32 @@ class Verify:
 
 def _reached_by_gradient(program: Program) -> set[fx.Node]:
     reached: set[fx.Node] = set()
-    queue = list(program.output_node.all_input_nodes)
+    seen: set[fx.Node] = set()
+    queue, written = list(program.output_node.all_input_nodes), _written(program)
     while queue:
         node = queue.pop()
-        if node in reached or not _differentiable(node):
+        if node in seen:
             continue
-        reached.add(node)
-        queue.extend(node.all_input_nodes)
+        seen.add(node)
+        queue.extend(written.get(node, ()))
+        if _differentiable(node):
+            reached.add(node)
+            queue.extend(node.all_input_nodes)
     return reached
+
+
+def _written(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """What is written in place, by the values that hold it: a scan fills zeros with the results of its tokens."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not node.args:
+            continue
+        holder = node.args[0]
+        while isinstance(holder, fx.Node):
+            found.setdefault(holder, []).append(node)
+            holder = holder.args[0] if is_call(holder, *VIEWS, *PIECES) else None
+    return found
 
 
 def _differentiable(node: fx.Node) -> bool:

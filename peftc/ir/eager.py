@@ -6,6 +6,7 @@ attention to a window: [B, blocks, heads, ..] or [B, heads, blocks, ..]. A prefi
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,16 @@ from peftc.ir.program import is_call, operand, shape_of
 aten = torch.ops.aten
 
 Step = tuple[Any, tuple[Any, ...]]
-"""A pointwise op with the arguments that follow the value: (aten.mul.Tensor, (0.125,))."""
+"""A pointwise op with the arguments that follow the value: (aten.mul.Tensor, (0.125,)); one may be an `OwnPlace`."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPlace:
+    """An argument of a step: what `bias`, [.., 1, keys], which counts its places from the last key, gives each query's
+    own key. A row that stands at every query's own place weighs the same however long the text is.
+    """
+
+    bias: fx.Node
 
 
 _SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
@@ -161,5 +171,12 @@ class EagerRegion:
 
 def _done(builder: Builder, scores: fx.Node, steps: tuple[Step, ...]) -> fx.Node:
     for target, arguments in steps:
-        scores = builder.call(target, scores, *arguments)
+        given = [_own_place(builder, one.bias, scores) if isinstance(one, OwnPlace) else one for one in arguments]
+        scores = builder.call(target, scores, *given)
     return scores
+
+
+def _own_place(builder: Builder, bias: fx.Node, scores: fx.Node) -> fx.Node:
+    """[.., queries, 1]: the bias of the last keys, which are the queries' own."""
+    first = builder.call(operator.sub, builder.size(bias, -1), builder.size(scores, -2))
+    return builder.call(aten.transpose.int, builder.call(aten.slice.Tensor, bias, -1, first), -2, -1)

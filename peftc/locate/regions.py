@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from peftc.ir.attention import FusedRegion
-from peftc.ir.eager import EagerRegion, Step
+from peftc.ir.eager import EagerRegion, OwnPlace, Step
 from peftc.ir.program import Program, is_call, is_getitem, operand, shape_of
 from peftc.locate.walk import DROPOUT, VIEWS, backward, inputs_of, is_tensor, skip_back
 
@@ -180,12 +180,27 @@ def _score_products(node: fx.Node, program: Program, depth: int = 32) -> Iterato
         steps = ((node.target, ()),)
     elif is_call(node, *_BESIDE):
         sources = inputs_of(node)
+        if is_call(node, aten.add.Tensor) and (bias := next(filter(_counts_from_the_last_key, sources), None)):
+            steps = ((node.target, (OwnPlace(bias),)),)
     elif not is_call(node, *VIEWS, aten.sub.Tensor):
         return
     found = [list(_score_products(source, program, depth - 1)) for source in sources]
     beside = is_call(node, aten.cat.default) and sum(map(bool, found)) > 1
     for product, before in (one for several in found for one in several):
         yield product, None if beside or before is None else (*before, *steps)
+
+
+def _counts_from_the_last_key(bias: fx.Node) -> bool:
+    """Whether it is the end of a table that says one number for each place, as long as there are keys (MPT's ALiBi).
+
+    Softmax admits that, for it is the same shift for all keys of a row; rows of a prefix have to be shifted with them.
+    """
+    cut = False
+    while is_call(bias, aten.slice.Tensor, *VIEWS):
+        if is_call(bias, aten.slice.Tensor) and bias.args[1] in (-1, bias.meta["val"].dim() - 1):
+            cut = cut or (len(bias.args) == 3 and isinstance(bias.args[2], fx.Node))
+        bias = operand(bias, 0)
+    return cut and is_tensor(bias) and shape_of(bias)[-2:-1] == (1,) and isinstance(shape_of(bias)[-1], int)
 
 
 def _scaled(node: fx.Node, program: Program) -> tuple[list[fx.Node], tuple[Step, ...]]:

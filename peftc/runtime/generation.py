@@ -12,6 +12,7 @@ import torch
 
 from peftc.diagnostics import PeftcError, fail
 from peftc.frontend.trace import InputSpec, default_inputs, forward_arguments
+from peftc.ir.positions import prefix_counted_from_the_first_column
 from peftc.runtime.signature import read_call
 
 
@@ -22,7 +23,8 @@ class Generates:
         """As transformers' `generate`, with a cache where the base has one.
 
         A rule or a model that does not admit a cache generates without one, and a warning says why; where a cache is
-        asked for by name (`use_cache=True`, `past_key_values`, `cache_implementation`) that is an error, E041.
+        asked for by name (`use_cache=True`, `past_key_values`, `cache_implementation`) that is an error, E041. A
+        warning says where rows that are padded at the left answer otherwise than alone; see `peftc.ir.positions`.
         """
         base: Any = super()
         reason = uncached(self) if _takes_cache(self, kwargs) else None
@@ -36,6 +38,8 @@ class Generates:
                 )
             warnings.warn(f"generating without a cache: {reason}", stacklevel=2)
             kwargs = {**kwargs, "use_cache": False}
+        if _padded_left(kwargs.get("attention_mask")) and (reason := counts_padding(self)) is not None:
+            warnings.warn(reason, stacklevel=2)
         return base.generate(*args, **kwargs)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,6 +74,25 @@ def _takes_cache(model: Any, given: dict[str, Any]) -> bool:
         if source.get("use_cache") is not None:
             return bool(source["use_cache"])
     return getattr(model.generation_config, "use_cache", None) is not False
+
+
+def _padded_left(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
+
+
+def counts_padding(model: Any) -> str | None:
+    """Why rows that `generate` is given with padding at the left differ from each alone; None where they do not."""
+    if not model.config.is_encoder_decoder and "position_ids" in forward_arguments(model.surgery.base_class):
+        return None
+    found = (prefix_counted_from_the_first_column(program) for program in model.surgery.programs.values())
+    delta = next(filter(None, found), None)
+    if delta is None:
+        return None
+    name = model.surgery.base_class.__name__
+    return (
+        f"{name} counts positions from the first column, padding included, so rows that are padded at the left see "
+        f"delta `{delta}` from further away than alone; pad at the right, or give texts of one length"
+    )
 
 
 def uncached(model: Any) -> str | None:

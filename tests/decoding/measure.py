@@ -13,7 +13,7 @@ import torch
 from families.family import softmax_keeps_float64
 from torch import Tensor
 
-from decoding.properties import BOUNDS, PROPERTIES, ROUNDED, LacksError, text
+from decoding.properties import BOUNDS, PROPERTIES, ROUNDED, LacksError, other_texts, text
 from decoding.record import HOLDS, Record
 from decoding.speaker import Speaker
 from decoding.subjects import LARGEST, Traced, built, rules_for, skeleton_of, usual_inputs
@@ -22,9 +22,12 @@ from peftc.frontend.inputs import InputSpec
 from peftc.frontend.trace import Skeleton, quiet
 from peftc.ir.copying import copied
 from peftc.runtime import graph_model
-from peftc.runtime.generation import uncached
+from peftc.runtime.generation import counts_padding, uncached
 from peftc.runtime.signature import call_key
 from peftc.survey.shrink import attempts, default_config
+
+OTHERS = 20
+"""Texts that a base is asked on again, where an adapted model fails."""
 
 _ANY = (Exception,)
 """A model of a third party with an odd config may raise anything; the text is what is told."""
@@ -88,8 +91,10 @@ def _running(raw: dict[str, Any], record: Record) -> _Base:
         given = _given(inputs, dtype, seq2seq=bool(model.config.is_encoder_decoder))
         try:
             with quiet():
-                Speaker.of(model, given).whole(text())
-        except RuntimeError:
+                answer = Speaker.of(model, given).whole(text())
+            if not bool(answer.isfinite().all()):
+                raise FloatingPointError("it answers no finite number")
+        except (RuntimeError, FloatingPointError):
             if dtype is torch.float32:
                 raise
             continue
@@ -162,7 +167,36 @@ def _try(traced: Traced, base: _Base, rule: str, hyper: dict[str, object], recor
         if name == "cached" and reason is not None:
             verdicts[name] = f"uncached: {reason}"
             continue
-        verdicts[name] = _verdict(holds, speaker, record.base[name], rounds=traced.rounds())
+        verdict = _verdict(holds, speaker, record.base[name], rounds=traced.rounds())
+        if verdict.startswith("fails"):
+            verdict = _explained(name, verdict, model, base, record)
+        if verdict:
+            verdicts[name] = verdict
+
+
+def _explained(name: str, verdict: str, model: Any, base: _Base, record: Record) -> str:
+    """A failure, what peftc says of it, or nothing where the base fails too, on another text.
+
+    A selection (of experts, of keys) may hold ties: then a base is right on some texts by luck.
+    """
+    stated = counts_padding(model) if name == "left" else None
+    if stated is not None:
+        return f"stated: {stated}"
+    speaker, bound = Speaker.of(base.model, base.given), BOUNDS[record.base[name]]
+    for number in range(1, OTHERS + 1):
+        try:
+            with quiet(), other_texts(number):
+                difference = PROPERTIES[name](speaker)
+        except LacksError as lack:
+            record.base[name] = f"lacks: on other texts: {lack}"
+        else:
+            if difference <= bound:
+                continue
+            record.base[name] = f"lacks: on other texts: differs by {difference:.1e}"
+        for verdicts in record.rules.values():
+            verdicts.pop(name, None)
+        return ""
+    return verdict
 
 
 def _verdict(holds: Callable[[Speaker], float], speaker: Speaker, wanted: str, *, rounds: bool) -> str:

@@ -6,7 +6,8 @@ is exact to float32 only, as models are that round inside to float32, that is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,8 +29,22 @@ class LacksError(Exception):
     """A model does not have a property, with how in words."""
 
 
+_SHIFT = [0]
+
+
+@contextmanager
+def other_texts(number: int) -> Iterator[None]:
+    """Inside, every text is another one."""
+    _SHIFT[0] = 10 * number
+    try:
+        yield
+    finally:
+        _SHIFT[0] = 0
+
+
 def text(seed: int = 7, length: int = LENGTH) -> Tensor:
-    return torch.randint(LOWEST, HIGHEST, (len(SHORT), length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + _SHIFT[0])
+    return torch.randint(LOWEST, HIGHEST, (len(SHORT), length), generator=generator)
 
 
 def padded(ids: Tensor, *, side: str) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 A verdict is one of
   "exact", "float32"   it holds in float64 up to 1e-10, or up to what a model rounds to float32 inside itself
   "uncached: ..."      of the adapted model: peftc says why it keeps no cache, and `generate` does without
+  "stated: ..."        of the adapted model: peftc says in what calls it does not hold, and why it cannot
   "lacks: ..."         of the base: transformers' own model does not have it, so it is asked of no adapted one
   "fails: ..."         of an adapted model: the base has it and the adapted model does not
 """
@@ -48,7 +49,13 @@ class Record:
             for name, verdict in verdicts.items()
             if verdict.startswith("fails")
         ]
-        return found + [f"{what}: {why}" for what, why in self.stopped.items() if what not in ("build", "trace")]
+        stopped = {what: why for what, why in self.stopped.items() if what not in ("build", "trace", *self.refused)}
+        return found + [f"{what}: {why}" for what, why in stopped.items()]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Rules that ask for a value which this model's attention does not have, with what peftc says of it."""
+        return {what: why for what, why in self.stopped.items() if why.startswith("E004 ")}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +75,7 @@ def totals(records: Iterable[Record]) -> dict[str, dict[str, int]]:
         "built": sum("build" not in row.stopped for row in rows),
         "traced": sum(bool(row.rules) for row in rows),
         "with a failure": sum(bool(row.failures) for row in rows),
+        "rules refused": sum(len(row.refused) for row in rows),
     }}  # fmt: skip
     for name in PROPERTIES:
         verdicts = [(row, rules[name]) for row in rows for rules in row.rules.values() if name in rules]
@@ -78,6 +86,7 @@ def totals(records: Iterable[Record]) -> dict[str, dict[str, int]]:
             "exact": sum(verdict == "exact" for _, verdict in verdicts),
             "float32": sum(verdict == "float32" for _, verdict in verdicts),
             "uncached": sum(verdict.startswith("uncached") for _, verdict in verdicts),
+            "stated": sum(verdict.startswith("stated") for _, verdict in verdicts),
             "fails": sum(verdict.startswith("fails") for _, verdict in verdicts),
         }
     return found

@@ -34,6 +34,7 @@ def shown(records: Mapping[str, Record]) -> str:
     for name in sorted(records):
         record = records[name]
         lines += [f"{name}: {what}: {why}" for what, why in record.stopped.items() if what in ("build", "trace")]
+        lines += [f"{name}: {what}: refused: {why}" for what, why in record.refused.items()]
         lines += [f"{name}: {failure}" for failure in record.failures]
     lines += [
         f"{what}: " + ", ".join(f"{n} {k}" for k, n in sums.items()) for what, sums in totals(records.values()).items()

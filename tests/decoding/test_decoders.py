@@ -11,13 +11,17 @@ import torch
 import transformers
 from families.family import softmax_keeps_float64
 
-from decoding.properties import BOUNDS, PROPERTIES, LacksError, text
+from decoding.properties import BOUNDS, PROPERTIES, LacksError, other_texts, text
 from decoding.record import HOLDS, Record, totals
 from decoding.record import PROPERTIES as NAMES
 from decoding.speaker import Speaker
-from decoding.subjects import built, every_decoder
+from decoding.subjects import built, every_decoder, skeleton_of, usual_inputs
 from decoding.sweep import sweep
 from decoding.table import read
+from peftc.frontend.inputs import InputSpec
+from peftc.ir.positions import prefix_counted_from_the_first_column
+from peftc.lang.loader import load_rule
+from peftc.pipeline import analyse, rewrite
 from peftc.survey.shrink import attempts, default_config
 
 
@@ -90,6 +94,37 @@ def test_a_verdict_beyond_the_bound_is_a_failure_of_the_row_and_of_the_totals() 
     row = Record("any", "causal-lm", base={"cached": "exact"}, rules={"lora": {"cached": "fails: differs by 1.0"}})
     assert row.failures == ["lora cached: fails: differs by 1.0"]
     assert totals([row])["cached"]["fails"] == 1 and totals([row])["subjects"]["with a failure"] == 1
+
+
+def test_a_rule_that_is_refused_is_no_failure_and_is_counted() -> None:
+    row = Record("any", "causal-lm", stopped={"mam": "E004 no heads", "lora": "E024 no gradient"})
+    assert row.failures == ["lora: E024 no gradient"]
+    assert totals([row])["subjects"]["rules refused"] == 1
+
+
+def test_other_texts_are_other_ones_for_as_long_as_asked() -> None:
+    before = text()
+    with other_texts(1):
+        assert not torch.equal(text(), before)
+    assert torch.equal(text(), before)
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["columns", "positions"])
+def test_a_prefix_is_seen_from_places_that_padding_shifts_where_columns_are_counted(positions: bool) -> None:
+    skeleton = skeleton_of(next(attempts(default_config("llama"))).config, "causal-lm", torch.float32)
+    inputs = usual_inputs(skeleton)
+    if positions:
+        inputs["position_ids"] = InputSpec(torch.long, ("batch", "sequence"))
+    program = analyse(skeleton, inputs)
+    assert prefix_counted_from_the_first_column(program) is None
+    rewrite(program, load_rule("prefix", {"l": 3}))
+    assert prefix_counted_from_the_first_column(program) == (None if positions else "prefix")
+
+
+@pytest.mark.slow
+def test_generate_warns_of_rows_padded_at_the_left_where_a_prefix_is_seen_from_columns() -> None:
+    row = next(sweep([("moss_transcribe_diarize", "causal-lm")], seconds=300))
+    assert row.rules["mam"]["left"].startswith("stated: MossTranscribeDiarize") and not row.failures
 
 
 @pytest.mark.slow

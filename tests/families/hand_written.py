@@ -149,6 +149,16 @@ def _funnel(self: Any, query: Tensor, key: Tensor, value: Tensor, inputs: Any, *
     return (self.layer_norm(query + self.post_proj(_attend(self, content, k, v, bias))),)
 
 
+def _mpt(self: Any, hidden: Tensor, position_bias: Tensor, attention_mask: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """ALiBi as its paper has it, by how far a key is from the query: the rows of a prefix are at no distance."""
+    slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
+    places = torch.arange(hidden.shape[1])
+    bias = (places[None] - places[:, None]) * slopes[:, None, None].to(hidden.dtype)
+    parts = [_heads(self, part, self.n_heads) for part in self.Wqkv(hidden).chunk(3, -1)]
+    shift = bias[None].masked_fill(attention_mask, torch.finfo(hidden.dtype).min)
+    return self.out_proj(_attend(self, *parts, shift, self.softmax_scale)), None
+
+
 SPELLED_OUT: dict[str, tuple[str, Any]] = {
     "XLNetRelativeAttention": ("rel_attn_core", _xlnet),
     "WavLMAttention": ("torch_multi_head_self_attention", _wavlm),
@@ -158,6 +168,7 @@ SPELLED_OUT: dict[str, tuple[str, Any]] = {
     "DisentangledSelfAttention": ("forward", _deberta),
     "HieraMaskUnitAttention": ("forward", _hiera),
     "FunnelRelMultiheadAttention": ("forward", _funnel),
+    "MptAttention": ("forward", _mpt),
 }
 """Classes that spell their attention out, with the method that is written by hand here."""
 

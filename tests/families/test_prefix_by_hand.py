@@ -84,6 +84,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_NO_PAD, "image_size": [8, 12], "patch_size": 4, "mlp_ratio": 2, "max_token_length": 5,
          "num_character_labels": 7, "num_bpe_labels": 11, "num_wordpiece_labels": 9},
     ),
+    "mpt": (  # ALiBi that counts from the last key
+        "MptForCausalLM", {"vocab_size": 50, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 40}
+    ),
     "neomme": (  # a gate, and the part along a token's own value taken off, before W_o
         "NeoMMEForMaskedLM",
         {**_SMALL, "num_key_value_heads": 2, "head_dim": 16, "embedding_rank": 16, "embedding_dim": 16,
@@ -148,9 +151,9 @@ def _dtype(name: str) -> torch.dtype:
     return torch.float32 if name == "xlnet" else torch.float64
 
 
-SINGLE = ("xlnet", "longt5", "funnel")
-"""XLNet makes its positions in float32, LongT5 and Funnel cast their scores to it, whatever the model's dtype."""
-QUICK = ("deepseek_v3", "deberta_v2", "xlnet", "longt5", "wavlm", "squeezebert")
+SINGLE = ("xlnet", "longt5", "funnel", "mpt")
+"""XLNet makes its positions in float32, the others cast their scores to it, whatever the model's dtype."""
+QUICK = ("deepseek_v3", "deberta_v2", "xlnet", "longt5", "wavlm", "squeezebert", "mpt")
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS if name != "mgp_str"]
 
 
