@@ -118,6 +118,8 @@ def input_spec(name: str, tensor: torch.Tensor, *, encoder_decoder: bool) -> Inp
     elif tensor.dim() == 4 and name.endswith("attention_mask"):
         axis = "target" if name in _TARGET else "sequence"
         sizes[1:] = [size if size == 1 else axis if at > 1 else size for at, size in enumerate(sizes) if at > 0]
+    elif tensor.dim() == 3 and name == "position_ids":  # of time, height and width each
+        sizes = [int(tensor.shape[0]), "batch", "sequence"]
     elif tensor.dim() > 1 and (name in _TARGET or name in _SEQUENCE):
         sizes[1] = "target" if name in _TARGET else "sequence"
     return InputSpec(tensor.dtype, tuple(sizes))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftc.diagnostics import PeftcError
+from peftc.runtime.signature import input_spec
 from runtime.tiny import batch, seq2seq_batch
 
 Load = Callable[..., Any]
@@ -165,3 +166,9 @@ def test_dropout_is_the_bases_own(adapted: Load, plain: Load, name: str) -> None
     model.eval()
     assert torch.equal(model(**given).logits, model(**given).logits)
     assert_same(model, base.eval(), **given)
+
+
+def test_positions_of_time_height_and_width_have_their_batch_second() -> None:
+    positions = torch.zeros(3, 5, 7, dtype=torch.long)
+    assert input_spec("position_ids", positions, encoder_decoder=False).sizes == (3, "batch", "sequence")
+    assert input_spec("position_ids", positions[0], encoder_decoder=False).sizes == ("batch", "sequence")
