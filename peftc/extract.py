@@ -64,9 +64,10 @@ def extract(base: str | Path, tuned: str | Path, out: Path, wanted: Wanted, prog
     pairs = Pairs.open(base, tuned)
     if not pairs.changed and not pairs.fresh and not pairs.unreachable:
         fail("E066", f"{tuned} holds the tensors of {base}: nothing changed", help="give the tuned checkpoint last")
-    if pairs.unreachable and not wanted.drop:
-        more = f" and {len(pairs.unreachable) - 1} more" if len(pairs.unreachable) > 1 else ""
-        message = f"{pairs.unreachable[0]}{more} changed, and no delta directory holds it: it is no parameter as stored"
+    lost = list(pairs.unreachable)
+    if lost and not wanted.drop:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        message = f"{lost[0]}{more} changed, and no delta directory holds it: it is no parameter as stored"
         fail("E066", message, help="`--drop-others` leaves it out")
     found = _decomposed(pairs, wanted, progress)
     plan, whole = _planned(pairs, found, wanted)
