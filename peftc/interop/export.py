@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from peftc.diagnostics import fail
 from peftc.interop.adapter import CONFIG, WEIGHTS
@@ -134,10 +134,10 @@ def _fitted(opened: Opened) -> tuple[Method, list[Fit]]:
             found.append(fit)
         if len(found) == len(edits) and any(fit.layer.targets for fit in found):
             return method, found
-    _refuse(opened, *best)
+    _refuse(*best)
 
 
-def _refuse(opened: Opened, rank: int, reason: str, edit: Edit | None) -> Any:
+def _refuse(rank: int, reason: str, edit: Edit | None) -> NoReturn:
     assert edit is not None
     delta = edit.delta
     form = f"form `{delta.form.name}`" if delta.form.name else "its form"

@@ -140,8 +140,9 @@ def _place(edit: Edit, layer: Layer, wanted: Delta, program: Program) -> tuple[s
     if tap.is_parameter:
         path = _weight_owner(edit, layer, program)
         name = program.parameter_name(tap.node)
-        fits = path is not None and modify == edit.tap
-        return (path, tap.layout == "transposed") if fits else f"{name} is not the weight of a {layer.at} layer"
+        if path is not None and modify == edit.tap:
+            return path, tap.layout == "transposed"
+        return f"{name} is not the weight of a {layer.at} layer"
     if modify != "out":
         return f"`{edit.tap}` of {site.describe()} is not a weight"
     owner = _owner(tap.node, layer.at, program)

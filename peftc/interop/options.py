@@ -49,7 +49,7 @@ def _word(value: object) -> str:
 def number(adapter: Adapter, entry: Mapping[str, Any], path: str) -> int | float | bool:
     """An option of a module: the value of the first pattern that means it, or that of all. Raises E080, E081."""
     key, value = entry["option"], adapter.config.get(entry["option"], entry.get("default", 0))
-    patterns = adapter.config.get(entry.get("pattern")) or {}
+    patterns = adapter.config.get(entry.get("pattern", "")) or {}
     if not isinstance(patterns, dict):
         fail("E080", f"{adapter.path / CONFIG}: `{entry['pattern']}` is no mapping", help="save the adapter again")
     value = next((patterns[pattern] for pattern in patterns if matches(pattern, path)), value)
