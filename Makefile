@@ -86,7 +86,7 @@ decoders: $(STAMP)
 
 # pyright knows nothing of setuptools' package-dir, so passes/ and rules/ are linked to where they install.
 reference: $(STAMP)
-	$(BIN)/python -m peftc.reference rules
+	$(BIN)/python -m peftc.reference.pages rules
 
 lint: $(DEV_STAMP)
 	@mkdir -p build/typing/peftc && touch build/typing/peftc/__init__.py

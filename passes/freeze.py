@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peftc.ir.program import Program
-from peftc.plan import Plan
+from peftc.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

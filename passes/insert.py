@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from peftc.diagnostics import fail
-from peftc.dtypes import widest
 from peftc.ir.attention import Region
 from peftc.ir.axis_names import axis_names, shown
 from peftc.ir.builder import Builder, latest
@@ -29,8 +28,9 @@ from peftc.lang.expr import names_in
 from peftc.lang.lower import Lowering
 from peftc.lang.rule import Delta, Expr, Hyper
 from peftc.lang.shapes.named import Named, named
-from peftc.plan import Edit, Plan, input_tap
-from peftc.refer import Source
+from peftc.planning.dtypes import widest
+from peftc.planning.plan import Edit, Plan, input_tap
+from peftc.planning.refer import Source
 from peftc.rewriting import carry_site, rewrite_site
 
 aten = torch.ops.aten
@@ -146,7 +146,7 @@ class _Inserter:
         return f"[{', '.join(sizes)}]" if names is None else names.shape(sizes, expr, expr.tree if expr else None)
 
     def _dtype(self) -> torch.dtype | None:
-        """That of the form's computations; see `peftc.dtypes`."""
+        """That of the form's computations; see `peftc.planning.dtypes`."""
         return widest(node.meta["val"].dtype for node in self.parameters.values() if node is not None)
 
     def _names(self) -> set[str]:

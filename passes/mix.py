@@ -28,7 +28,7 @@ from peftc.ir.order import make_room
 from peftc.ir.program import DeltaParameter, Insertion, Program
 from peftc.ir.sites import Tap
 from peftc.passes.insert import insert_edit
-from peftc.plan import Edit, Plan
+from peftc.planning.plan import Edit, Plan
 
 aten = torch.ops.aten
 

@@ -23,9 +23,11 @@ import typer
 from typer.core import TyperGroup
 
 import peftc
-from peftc import commands, interop_commands, merge_commands
+from peftc.commands import interop as interop_commands
+from peftc.commands import merge as merge_commands
+from peftc.commands import rules as commands
+from peftc.commands.options import JsonOption, QuietOption, print_json, show
 from peftc.diagnostics import PeftcError, fail
-from peftc.shared_options import JsonOption, QuietOption, print_json, show
 
 USER_ERROR, PARITY_FAILED, INTERRUPTED = 2, 3, 130
 
@@ -162,7 +164,7 @@ def rules(as_json: JsonOption = False) -> None:
     """List the rules of the library, one line each: what a rule is, and what was measured of it."""
     from peftc.lang.library import catalogue
     from peftc.lang.loader import survey
-    from peftc.library_table import entry, render
+    from peftc.reference.library_table import entry, render
 
     found, problems = survey()
     origins = {name: catalogue("").origin(name) for name in found}

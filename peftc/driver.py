@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftc.commands.reports import ApplyReport, MergeReport, PlanReport, ScheduleReport, SitesReport
 from peftc.progress import NullProgress, Progress
-from peftc.reports import ApplyReport, MergeReport, PlanReport, ScheduleReport, SitesReport
 
 if TYPE_CHECKING:
-    from peftc.extraction import ExtractReport
     from peftc.frontend.trace import Skeleton
     from peftc.hotswap.report import AdaptersReport
     from peftc.ir.program import Program
+    from peftc.merging.extraction import ExtractReport
+    from peftc.merging.unmerge import UnmergeReport
+    from peftc.merging.verify import VerifyReport
     from peftc.store.model_dir import ModelDir
-    from peftc.unmerge import UnmergeReport
-    from peftc.verify import VerifyReport
 
 
 def sites(model_dir: str | Path, head: str | None = None, num_labels: int | None = None) -> SitesReport:
@@ -37,10 +37,10 @@ def plan(
     num_labels: int | None = None,
 ) -> PlanReport:
     """What `apply` would do, and what would fold and how; nothing is written."""
-    from peftc.counts import counts_of
     from peftc.lang.loader import load_rule
     from peftc.passes.fold import analyse_folds
     from peftc.pipeline import rewrite
+    from peftc.planning.counts import counts_of
     from peftc.runtime.api import new_parameters
 
     resolved = load_rule(rule, sets)
@@ -64,9 +64,9 @@ def apply(
 
     Of the base's weights only those are read that an `init` of the rule names, one at a time.
     """
-    from peftc.counts import counts_of
     from peftc.lang.loader import load_rule
     from peftc.pipeline import rewrite
+    from peftc.planning.counts import counts_of
     from peftc.runtime.api import base_reference, new_parameters
     from peftc.runtime.delta_dir import refuse_trained, write_directory
     from peftc.runtime.init import Initializer
@@ -130,13 +130,13 @@ def merge(
     `undo`, what `unmerge` restores the base from is kept beside the checkpoint. `tied` says what becomes of a tied
     weight that a delta changes under one of its names: "refuse", "untie" or "both".
     `opset`, `dtype` ("float16"), `optimize` ("ort", "portable") and `cache` are those of an ONNX export
-    (`peftc.exporting.OnnxOptions`).
+    (`peftc.merging.exporting.OnnxOptions`).
     """
     import torch
 
-    from peftc.exporting import OnnxOptions
-    from peftc.merge import Options
-    from peftc.merge import merge as run
+    from peftc.merging.exporting import OnnxOptions
+    from peftc.merging.merge import Options
+    from peftc.merging.merge import merge as run
 
     exact: torch.dtype = getattr(torch, precision)
     onnx = OnnxOptions(opset, None if dtype is None else getattr(torch, dtype), optimize, cache)
@@ -155,7 +155,7 @@ def merge_schedule(
     progress: Progress | None = None,
 ) -> ScheduleReport:
     """What `merge` would write, shard by shard; nothing is."""
-    from peftc.merge import Options, schedule
+    from peftc.merging.merge import Options, schedule
 
     return schedule(Path(directory), base, progress or NullProgress(), Options(max_shard=max_shard, tied=tied))
 
@@ -177,14 +177,14 @@ def export_adapters(
 
 def verify(directory: str | Path, base: str | Path | None = None, progress: Progress | None = None) -> VerifyReport:
     """Check a directory that `merge` wrote against its certificate."""
-    from peftc.verify import verify as run
+    from peftc.merging.verify import verify as run
 
     return run(Path(directory), base, progress or NullProgress())
 
 
 def unmerge(directory: str | Path, out: str | Path, progress: Progress | None = None) -> UnmergeReport:
     """Restore the base's exact bytes from what `merge` wrote with `undo`."""
-    from peftc.unmerge import unmerge as run
+    from peftc.merging.unmerge import unmerge as run
 
     return run(Path(directory), Path(out), progress or NullProgress())
 
@@ -201,8 +201,8 @@ def extract(
 ) -> ExtractReport:
     """Write what `tuned` changed of `base` as a delta directory of `rank`, or of the ranks that miss at most `error` of
     each change; what is no weight of a linear layer is kept whole, or dropped."""
-    from peftc.extract import Wanted
-    from peftc.extract import extract as run
+    from peftc.merging.extract import Wanted
+    from peftc.merging.extract import extract as run
 
     return run(base, tuned, Path(out), Wanted(rank, error, drop_others), progress or NullProgress())
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peftc.frontend.trace import InputSpec, Skeleton
     from peftc.ir.program import Program
     from peftc.lang.rule import Rule
-    from peftc.plan import Plan
+    from peftc.planning.plan import Plan
 
 PASSES: dict[str, str] = {
     "normalize": "peftc.passes.normalize:Normalize",
@@ -91,8 +91,8 @@ def rewrite(
     like: Plan | None = None,
     watch: Watcher | None = None,
 ) -> Plan:
-    """Plan `rule` on a located program and insert its deltas; see `peftc.plan.make_plan` for the options."""
-    from peftc.plan import make_plan
+    """Plan `rule` on a located program and insert its deltas; see `peftc.planning.plan.make_plan` for the options."""
+    from peftc.planning.plan import make_plan
 
     plan = make_plan(rule, program, dtypes=dtypes, fresh=fresh, like=like)
     run(program, [load_pass("insert")(plan), load_pass("freeze")(plan)], watch)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from peftc.checking.rule_tests import Result
     from peftc.lang.rule import Case
-    from peftc.rule_tests import Result
 
 _HEADER = re.compile(rb"^peftc:[ \t]*1[ \t\r]*(#.*)?$", re.MULTILINE)
 _TESTS = re.compile(rb"^tests:", re.MULTILINE)
@@ -76,7 +76,7 @@ class RuleTest(pytest.Item):
         self.case = case
 
     def runtest(self) -> None:
-        from peftc.rule_tests import run_case
+        from peftc.checking.rule_tests import run_case
 
         result = run_case(str(self.path), self.case)
         if result.findings:
@@ -85,7 +85,7 @@ class RuleTest(pytest.Item):
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if not isinstance(excinfo.value, RuleTestError):
             return super().repr_failure(excinfo, style)
-        from peftc.rule_test_formats import diagnostics
+        from peftc.checking.rule_test_formats import diagnostics
 
         return "\n\n".join(told.render() for told in diagnostics(excinfo.value.result))
 

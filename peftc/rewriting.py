@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from peftc.diagnostics import fail
-from peftc.dtypes import widest
 from peftc.ir.builder import Builder, latest
 from peftc.ir.order import make_room
 from peftc.ir.program import Carried, Insertion, Program, shape_of
@@ -23,8 +22,9 @@ from peftc.lang.expr import name_nodes, names_in
 from peftc.lang.lower import Lowering
 from peftc.lang.rule import Expr
 from peftc.lang.sites import SITES
-from peftc.plan import Edit, input_tap
-from peftc.refer import Source
+from peftc.planning.dtypes import widest
+from peftc.planning.plan import Edit, input_tap
+from peftc.planning.refer import Source
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ class _Rewriter:
 
     def _dtype(self) -> torch.dtype | None:
         """The widest of the parameters and of the taps that are set, for no expression may round them; see
-        `peftc.dtypes`. None without parameters.
+        `peftc.planning.dtypes`. None without parameters.
         """
         own = [node.meta["val"].dtype for node in self.parameters.values() if node is not None]
         taps = [self.site.taps[name].node.meta["val"].dtype for name in self.delta.sets if name in self.site.taps]

@@ -30,7 +30,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-IMPORTED = ["torch", "transformers", "onnxruntime", "peftc.merge", "peftc.unmerge", "peftc.backends.onnx"]
+IMPORTED = [
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "peftc.merging.merge",
+    "peftc.merging.unmerge",
+    "peftc.backends.onnx",
+]
 KINDS = ("merge", "merge", "onnx", "unmerge")
 
 

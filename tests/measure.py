@@ -23,7 +23,7 @@ from typing import Any
 from peftc.diagnostics import PeftcError
 from peftc.lang.loader import list_rules
 from peftc.lang.rule import Rule
-from peftc.library_table import FILE, Measured, Reference
+from peftc.reference.library_table import FILE, Measured, Reference
 
 ROOT = Path(__file__).parents[1]
 REFERENCES = ["tests/methods", "tests/reference", "tests/runtime/test_stored_starts.py"]

@@ -23,7 +23,7 @@ from word_order import Example, examples, minilm_dir
 
 import peftc
 from peftc import driver
-from peftc.check import check
+from peftc.checking.check import check
 
 HERE = Path(__file__).parent
 STEPS = [f"step_{number:02}.yaml" for number in range(1, 11)]
@@ -107,8 +107,8 @@ def main(steps: int = 24) -> None:
     from rich.console import Console
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
+    from peftc.checking.rule_tests import run_tests
     from peftc.lang.loader import load_rule
-    from peftc.rule_tests import run_tests
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

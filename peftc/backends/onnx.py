@@ -2,7 +2,7 @@
 
 Batch and sequence are symbolic; weights keep the checkpoint's names; what did not fold is an ordinary part of the
 graph. The graph is made without weights (`peftc.backends.onnx_graph`), which are then streamed into their file
-(`peftc.backends.onnx_weights`). The caller checks parity in onnxruntime (`peftc.certify`).
+(`peftc.backends.onnx_weights`). The caller checks parity in onnxruntime (`peftc.merging.certify`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from peftc.store.stored import Stored
 if TYPE_CHECKING:
     import torch
 
-    from peftc.adapted import Adapted
+    from peftc.merging.adapted import Adapted
 
 
 class BaseTensors(Unfolded):

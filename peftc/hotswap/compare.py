@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from peftc.adapted import Adapted
-from peftc.certify import Comparison, Inputs, compared
-from peftc.comparing import TOLERANCE, batches_for, tensors_of, vocabulary_of, word
-from peftc.comparing_onnx import Outputs, in_torch, is_large
 from peftc.diagnostics import PeftcError, fail
 from peftc.frontend.trace import InputSpec, build_skeleton
 from peftc.hotswap.base import BaseTensors
+from peftc.merging.adapted import Adapted
+from peftc.merging.certify import Comparison, Inputs, compared
+from peftc.merging.comparing import TOLERANCE, batches_for, tensors_of, vocabulary_of, word
+from peftc.merging.comparing_onnx import Outputs, in_torch, is_large
 from peftc.ort.session import Session
 from peftc.pipeline import analyse
 from peftc.runtime.streamed import StreamedRun

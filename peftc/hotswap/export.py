@@ -19,10 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import peftc
-from peftc.adapted import Adapted
 from peftc.backends import onnx
-from peftc.certificate import delta_digests, file_digest
-from peftc.certify import Comparison, refuse_failed
 from peftc.diagnostics import fail
 from peftc.hotswap.base import BaseTensors
 from peftc.hotswap.compare import compare_session
@@ -30,10 +27,13 @@ from peftc.hotswap.joint import Group, Joint, joint_program
 from peftc.hotswap.report import AdapterReport, AdaptersReport
 from peftc.hotswap.structure import Structure, numbers_of, structure_of
 from peftc.hotswap.write import write_model
+from peftc.merging.adapted import Adapted
+from peftc.merging.certificate import delta_digests, file_digest
+from peftc.merging.certify import Comparison, refuse_failed
 from peftc.ort.adapters import SUFFIX, model_number, write_adapter
 from peftc.ort.session import INDEX, NUMBER
 from peftc.pipeline import analyse
-from peftc.plan import make_plan
+from peftc.planning.plan import make_plan
 from peftc.progress import Progress
 from peftc.runtime.delta_dir import check_names
 from peftc.store.atomic import atomic_directory, check_target

@@ -24,7 +24,7 @@ from peftc.ir.copying import copied
 from peftc.ir.initial import Init
 from peftc.ir.program import Binding, DeltaParameter, Insertion, Program, is_call
 from peftc.passes.set_mode import SetMode
-from peftc.plan import Plan, make_plan
+from peftc.planning.plan import Plan, make_plan
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from peftc.backends.onnx import OnnxFiles
-    from peftc.certify import Comparison
+    from peftc.merging.certify import Comparison
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch
 
 from peftc.ir.program import DeltaParameter, Program
 from peftc.passes.insert import Insert
-from peftc.plan import Plan
+from peftc.planning.plan import Plan
 
 Shape = tuple["int | str", ...]
 """Sizes; a word stands for an open one, and the same word for the same size."""

@@ -21,7 +21,7 @@ from peftc.ir.program import Insertion, Program, is_call
 from peftc.lang.loader import parse_rule
 from peftc.lang.rule import Hyper, Rule
 from peftc.passes.insert import Insert
-from peftc.plan import Plan, make_plan
+from peftc.planning.plan import Plan, make_plan
 
 aten = torch.ops.aten
 

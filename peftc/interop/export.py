@@ -27,7 +27,7 @@ from peftc.interop.table import Method, methods
 from peftc.interop.vllm import refuse_for_vllm
 from peftc.ir.program import Program
 from peftc.pipeline import analyse
-from peftc.plan import Edit, Plan, make_plan
+from peftc.planning.plan import Edit, Plan, make_plan
 from peftc.progress import NullProgress, Progress
 from peftc.runtime.api import check_fingerprint, new_parameters
 from peftc.runtime.delta_dir import DeltaDir, check_names

@@ -23,7 +23,7 @@ from peftc.ir.sites import Site
 from peftc.lang.expr import names_in
 from peftc.lang.loader import parse_rule
 from peftc.lang.rule import Delta, Form
-from peftc.plan import Edit, input_tap
+from peftc.planning.plan import Edit, input_tap
 
 _MODEL: Final = ("model", "attention")
 

@@ -24,7 +24,7 @@ from peftc.interop.rule_text import Row, rule_text
 from peftc.interop.table import View
 from peftc.lang.loader import parse_rule
 from peftc.pipeline import rewrite
-from peftc.plan import Edit, Plan
+from peftc.planning.plan import Edit, Plan
 from peftc.progress import NullProgress, Progress
 from peftc.runtime.api import base_reference, new_parameters
 from peftc.runtime.delta_dir import RULE, refuse_trained, write_files

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from peftc.interop.reading import Source
     from peftc.interop.table import Method
-    from peftc.plan import Plan
+    from peftc.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@
         fold: merged
 
 A value may stand for all families, or be a list of one value each. What a case says is only read here; what holds is
-found by `peftc.rule_tests`. No torch is imported.
+found by `peftc.checking.rule_tests`. No torch is imported.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from peftc.checking.families import NAMES
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Span, did_you_mean
-from peftc.families import NAMES
 from peftc.lang import hypers
 from peftc.lang.complaints import shown
 from peftc.lang.expr import name_nodes
@@ -118,7 +118,7 @@ class CaseReader:
         return word(given)
 
     def _code(self, node: MappingNode) -> str | None:
-        from peftc.explain import ENTRIES
+        from peftc.reference.explain import ENTRIES
 
         given = node.get("error")
         code = word(given)

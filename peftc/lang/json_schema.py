@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from peftc.families import NAMES
+from peftc.checking.families import NAMES
 from peftc.lang.library import pattern_names
 from peftc.lang.schema import FormFile, PatternFile, RuleFile
 from peftc.lang.sites import COMPOSITIONS, INSERTIONS, SITES, TAPS

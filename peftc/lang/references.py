@@ -9,7 +9,7 @@
     rung[layer - 1] or start[0]     the same, and in the first layer what `start` computes there
 
 An index is a static expression over `layer`, `layers` and the hyperparameters; a negative one counts from the end.
-Which site a reference names is found by `peftc.select.referred`, for each site of the row.
+Which site a reference names is found by `peftc.planning.select.referred`, for each site of the row.
 """
 
 from __future__ import annotations

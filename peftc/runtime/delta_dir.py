@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from peftc.lang.rule import Rule
-    from peftc.plan import Plan
+    from peftc.planning.plan import Plan
 
 FORMAT = 1
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})

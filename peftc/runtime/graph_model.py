@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from peftc.agreement import check_same
-from peftc.counts import Counts, counts_of
 from peftc.diagnostics import fail
 from peftc.frontend.trace import LABELS, InputSpec, Skeleton, build_skeleton
 from peftc.ir.program import Program
 from peftc.ir.stepwise import across
 from peftc.pipeline import analyse, rewrite
-from peftc.plan import Plan
+from peftc.planning.agreement import check_same
+from peftc.planning.counts import Counts, counts_of
+from peftc.planning.plan import Plan
 from peftc.runtime.dropouts import places, rates_of
 from peftc.runtime.executor import Executor
 from peftc.runtime.generation import Generates, refuse_cache

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftc.agreement import check_same
 from peftc.diagnostics import fail
 from peftc.passes.freeze import Freeze
 from peftc.passes.mix import WEIGHTS, Mix
 from peftc.pipeline import run
-from peftc.plan import Plan, make_plan
+from peftc.planning.agreement import check_same
+from peftc.planning.plan import Plan, make_plan
 from peftc.runtime.graph_model import Surgery
 from peftc.runtime.states import State, States
 

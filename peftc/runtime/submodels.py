@@ -18,24 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftc.agreement import sites_like
 from peftc.diagnostics import fail
 from peftc.frontend.trace import InputSpec, build_skeleton
 from peftc.patterns.sites import find
 from peftc.pipeline import analyse, rewrite
+from peftc.planning.agreement import sites_like
+from peftc.planning.select import selected
 from peftc.runtime import per_sample
 from peftc.runtime.lengths import fitting
 from peftc.runtime.signature import call_key, call_specs, read_call
 from peftc.runtime.state import state_of
 from peftc.runtime.units import gathered_dtype
-from peftc.select import selected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftc.ir.program import Program
     from peftc.lang.rule import Rule
-    from peftc.plan import Edit, Plan
+    from peftc.planning.plan import Edit, Plan
 
 
 @dataclass(frozen=True)

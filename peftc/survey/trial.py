@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from peftc.certify import SHAPES, random_batches
 from peftc.frontend.trace import SAMPLES, InputSpec, Skeleton
 from peftc.ir.copying import copied
 from peftc.ir.program import Program
 from peftc.lang.loader import load_rule
+from peftc.merging.certify import SHAPES, random_batches
 from peftc.passes.set_mode import draws
 from peftc.pipeline import rewrite
 from peftc.runtime.executor import Executor

@@ -16,7 +16,7 @@ from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.program import Program
 from peftc.lang.rule import Rule
 from peftc.pipeline import analyse
-from peftc.plan import Plan, make_plan
+from peftc.planning.plan import Plan, make_plan
 
 Planner = Callable[..., Plan]
 

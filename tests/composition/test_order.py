@@ -22,7 +22,7 @@ from peftc.lang.order import ordered
 from peftc.lang.rule import Rule
 from peftc.lang.source import compose
 from peftc.lang.tree import MappingNode
-from peftc.overlaps import overlaps
+from peftc.planning.overlaps import overlaps
 
 Directory = Callable[[str], Path]
 

@@ -13,7 +13,7 @@ from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.program import Program
 from peftc.lang.loader import load_rule
 from peftc.pipeline import analyse
-from peftc.plan import make_plan
+from peftc.planning.plan import make_plan
 from peftc.store.heads import resolve
 from peftc.store.model_dir import ModelDir
 

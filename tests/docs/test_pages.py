@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from docs.blocks import ROOT, Block, blocks
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.cli import app
 
 PAGES = ["README.md", "ARCHITECTURE.md", "rules/LANGUAGE.md", "rules/README.md"]

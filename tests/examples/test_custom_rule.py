@@ -15,8 +15,8 @@ from methods.harness import inputs, scramble, tiny
 
 import peftc
 from peftc import driver
+from peftc.checking.rule_tests import run_tests
 from peftc.lang.loader import load_rule
-from peftc.rule_tests import run_tests
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

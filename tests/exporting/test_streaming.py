@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from exporting.conftest import Make, Save
-from peftc import comparing_onnx, driver
+from peftc import driver
 from peftc.backends import onnx_weights
 from peftc.backends.onnx_pieces import run_in_pieces
 from peftc.backends.onnx_run import OnnxGraph
 from peftc.backends.onnx_weights import FoldedWeights
 from peftc.diagnostics import PeftcError
 from peftc.fold.state import FoldedState
+from peftc.merging import comparing_onnx
 from peftc.store.model_dir import ModelDir
 
 

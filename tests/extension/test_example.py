@@ -68,7 +68,7 @@ def by_hand(base: Any, ours: Any) -> tuple[Any, list[str]]:
 
 def test_check_finds_no_mistake_and_imports_no_torch(example: Path) -> None:
     code = (
-        "import sys\nfrom peftc.check import check\n"
+        "import sys\nfrom peftc.checking.check import check\n"
         "report = check(['squared_adapter', 'houlsby'], {'r': 8})\n"
         "assert 'peftc_squared.ops' in sys.modules and 'torch' not in sys.modules\n"
         "assert 'peftc_squared.writers' not in sys.modules\n"

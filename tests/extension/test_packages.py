@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from extension.support import install, install_example
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.cli import app
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.lang import library

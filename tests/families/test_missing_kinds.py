@@ -13,14 +13,14 @@ import pytest
 import torch
 import transformers
 
+from peftc.checking.families import traced
 from peftc.diagnostics import Diagnostic, PeftcError
-from peftc.families import traced
 from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.copying import copied
 from peftc.ir.program import Program
 from peftc.lang.loader import list_rules, load_rule, parse_rule
-from peftc.nearest import applies, nearest_rules
 from peftc.pipeline import analyse, rewrite
+from peftc.planning.nearest import applies, nearest_rules
 
 
 @lru_cache

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from families.family import softmax_keeps_float64
 from families.hand_written import attending
-from peftc.certify import random_batches
 from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.copying import copied
 from peftc.ir.program import Program
 from peftc.lang.loader import load_rule, parse_rule
+from peftc.merging.certify import random_batches
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.executor import Executor
 from peftc.survey.weights import random_state

@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from peftc.certify import random_batches
 from peftc.diagnostics import PeftcError
 from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.copying import copied
 from peftc.ir.program import Program
 from peftc.ir.sites import Site
 from peftc.lang.loader import load_rule, parse_rule
+from peftc.merging.certify import random_batches
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.executor import Executor
 from peftc.survey.weights import random_state

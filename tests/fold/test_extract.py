@@ -14,7 +14,8 @@ from badinput.command import refused, run
 import peftc
 from fold.conftest import Checkpoints
 from fold.support import adapt, load_plain, merge, outputs, tiny
-from peftc import driver, extract, lowrank
+from peftc import driver
+from peftc.merging import extract, lowrank
 from peftc.runtime.delta_dir import TENSORS, DeltaDir
 from peftc.store.model_dir import ModelDir
 from peftc.store.safetensors_io import read_header, read_tensor

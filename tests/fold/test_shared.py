@@ -20,7 +20,7 @@ from peftc.ir.copying import copied
 from peftc.lang.loader import load_rule
 from peftc.passes.fold import Fold, analyse_folds
 from peftc.pipeline import rewrite
-from peftc.sharing import Shared, shared
+from peftc.planning.sharing import Shared, shared
 
 LAYER = "encoder.albert_layer_groups.0.albert_layers.0"
 R, ALPHA = 2, 6.0

@@ -12,10 +12,11 @@ import torch
 
 from fold.conftest import Checkpoints
 from fold.support import adapt, merge, tiny
-from peftc import comparing, driver
-from peftc.adapted import Adapted
+from peftc import driver
 from peftc.diagnostics import PeftcError
 from peftc.fold import stream
+from peftc.merging import comparing
+from peftc.merging.adapted import Adapted
 from peftc.runtime.delta_dir import TENSORS
 from peftc.store.model_dir import ModelDir
 from peftc.store.safetensors_io import read_header, read_tensor

@@ -15,8 +15,9 @@ import torch
 from fold.conftest import Checkpoints
 from fold.support import adapt, rule, tiny
 from fold.test_widen import GATED
-from peftc import driver, undo
+from peftc import driver
 from peftc.diagnostics import PeftcError
+from peftc.merging import undo
 from peftc.store.residual import decode, encode
 
 LORA: dict[str, Any] = {"r": 2, "alpha": 4.0}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from peftc.checking.families import traced
 from peftc.diagnostics import PeftcError
-from peftc.families import traced
 from peftc.hotswap.joint import Group, Joint, joint_program
 from peftc.hotswap.structure import structure_of
 from peftc.lang.loader import load_rule

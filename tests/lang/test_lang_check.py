@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from peftc.check import CheckReport, check
+from peftc.checking.check import CheckReport, check
 from peftc.cli import app
 from peftc.diagnostics import MOST_SHOWN
 
@@ -130,7 +130,7 @@ def test_missing_file_does_not_keep_the_others_from_being_checked() -> None:
 
 
 def test_checking_imports_no_torch() -> None:
-    code = "import sys; from peftc.check import check; check(['mam']); assert 'torch' not in sys.modules"
+    code = "import sys; from peftc.checking.check import check; check(['mam']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

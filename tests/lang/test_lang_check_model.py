@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.diagnostics import Diagnostic, PeftcError
 
 HEAD = "peftc: 1\nname: t\nhyper: {r: 4}\ndeltas:\n"

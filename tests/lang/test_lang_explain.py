@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.cli import app
-from peftc.explain import ENTRIES, Entry
 from peftc.lang.grammar import STATIC_CALLS
 from peftc.lang.ops import INIT_OPS, INITS, OPS
+from peftc.reference.explain import ENTRIES, Entry
 
 ROOT = Path(__file__).parents[2]
 RULES = [code for code, entry in ENTRIES.items() if entry.example == "rule"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.diagnostics import Collector, PeftcError, Span
 from peftc.lang.emit import emit
 from peftc.lang.library import read, rule_files

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftc.check import check
+from peftc.checking.check import check
 
 HEAD = "peftc: 1\nname: t\nhyper: {s: 0.5, bias: false}\n"
 FROZEN = "{g: {shape: [d_out], init: ones, frozen: true}}"
@@ -62,7 +62,7 @@ def test_a_rule_that_puts_stored_deltas_together_is_not() -> None:
 
 def test_a_model_without_what_would_train_is_told(tmp_path: Path) -> None:
     """Llama's linear layers have no bias, so nothing is left of the rule."""
-    from peftc.families import FAMILIES
+    from peftc.checking.families import FAMILIES
 
     file, model = tmp_path / "t.yaml", tmp_path / "model"
     file.write_text(HEAD + BUSY["a condition that only a model decides"] + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from peftc.check import check
+from peftc.checking.check import check
 
 resource = pytest.importorskip("resource")
 

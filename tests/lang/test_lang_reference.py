@@ -7,12 +7,12 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from peftc.cli import app
-from peftc.explain import ENTRIES
 from peftc.lang import site_docs
 from peftc.lang.ops import INITS, LIBRARY_OPS
 from peftc.lang.schema import DeltaFile, FormFile, RuleFile, keys_of
 from peftc.lang.sites import COMPOSITIONS, DIMS, INSERTIONS, SITES
-from peftc.reference import filled, reference
+from peftc.reference.explain import ENTRIES
+from peftc.reference.pages import filled, reference
 
 RULES = Path(__file__).parents[2] / "rules"
 PAGE = (RULES / "REFERENCE.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.lang.forms import parse_form
 from peftc.lang.library import form_names, load_form, rule_files

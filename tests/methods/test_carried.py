@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from methods.harness import Folded, apply_rule, difference, gradients, output, scramble, tiny
 from peftc import driver
-from peftc.check import check
+from peftc.checking.check import check
 
 WORST = 1e-10
 READERS = ("query", "key", "value", "intermediate.dense", "q_proj", "k_proj", "v_proj", "up_proj", "gate_proj")

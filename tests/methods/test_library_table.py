@@ -13,7 +13,7 @@ from measure import gathered, planned
 from rich.console import Console
 
 from peftc.lang.loader import list_rules, load_rule, parse_rule
-from peftc.library_table import Measured, Reference, dimensions, measured, render
+from peftc.reference.library_table import Measured, Reference, dimensions, measured, render
 
 ROOT = Path(__file__).parents[2]
 AGAIN = "`make library` measures it again; `python tests/measure.py --plans` if its reference tests have not changed"

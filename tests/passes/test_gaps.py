@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from peftc.families import traced
-from peftc.gaps import Gap, gaps
+from peftc.checking.families import traced
 from peftc.lang.loader import load_rule
-from peftc.plan import make_plan
+from peftc.planning.gaps import Gap, gaps
+from peftc.planning.plan import make_plan
 
 
 def test_layers_without_a_site_are_a_stated_fact() -> None:

@@ -8,7 +8,7 @@ import pytest
 from fold.conftest import Checkpoints
 
 from peftc import driver
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.lang.loader import load_rule
 

@@ -11,7 +11,7 @@ import transformers
 from methods.harness import Folded, apply_rule, difference, gradients, output, scramble, tiny
 from torch import Tensor
 
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.diagnostics import Diagnostic
 
 WORST = 1e-5

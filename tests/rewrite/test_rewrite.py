@@ -14,7 +14,7 @@ from methods.harness import Folded, apply_rule, difference, gradients, inputs, o
 from torch import Tensor
 
 from peftc import driver
-from peftc.check import check
+from peftc.checking.check import check
 from peftc.diagnostics import PeftcError
 from peftc.ir.zero import starts_as_identity
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from peftc.check import check
+from peftc.checking.check import check
+from peftc.checking.rule_tests import run_tests
 from peftc.diagnostics import Diagnostic
 from peftc.lang.inits import is_draw
 from peftc.lang.loader import list_rules, load_rule, parse_rule
 from peftc.lang.rule import Rule
 from peftc.lang.start import changes_outputs
-from peftc.rule_tests import run_tests
 
 HEAD = "peftc: 1\nname: t\nhyper: {r: 4}\ndeltas:\n"
 LOW = "  low: {at: attention, modify: [q, v], form: low_rank}\n"

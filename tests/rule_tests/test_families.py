@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftc.families import FAMILIES, ROLES, traced
+from peftc.checking.families import FAMILIES, ROLES, traced
+from peftc.checking.rule_test_states import distance
 from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.lang.loader import load_rule
 from peftc.pipeline import analyse, rewrite
-from peftc.rule_test_states import distance
 from peftc.runtime.init import initialize
 
 SEQ2SEQ = ("t5", "bart")

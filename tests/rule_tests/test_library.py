@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from peftc.checking.rule_test_formats import diagnostics
+from peftc.checking.rule_tests import run_tests
 from peftc.lang.loader import list_rules, load_rule
-from peftc.rule_test_formats import diagnostics
-from peftc.rule_tests import run_tests
 from rule_tests.tree import ADAPTED, tree
 
 RULES = [rule.name for rule in list_rules()]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from peftc.families import traced
+from peftc.checking.families import traced
+from peftc.checking.rule_tests import Result, run_tests
 from peftc.lang.loader import load_rule
-from peftc.rule_tests import Result, run_tests
 
 LORA = """peftc: 1
 name: mine

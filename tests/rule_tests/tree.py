@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from peftc.families import FAMILIES, HEADS, ROLES
+from peftc.checking.families import FAMILIES, HEADS, ROLES
 from peftc.store.heads import resolve
 
 _NAMES = {

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 import peftc
+from peftc.checking.families import FAMILIES
 from peftc.diagnostics import PeftcError
-from peftc.families import FAMILIES
 from peftc.lang.library import rule_files
 from peftc.lang.loader import parse_rule
 from peftc.runtime.hierarchy import Slice, slices

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from peftc.certify import compare, refuse_failed
 from peftc.diagnostics import PeftcError
+from peftc.merging.certify import compare, refuse_failed
 
 
 def compared(unfolded: list[float], folded: list[float]) -> float:

@@ -110,7 +110,7 @@ def _shape(site: str, tap: str, last: Polynomial | None) -> Shape:
 
 
 def _source(insert: str, site: str, tap: str) -> str | None:
-    """The tap that x is, by the rule of `peftc.plan.input_tap`."""
+    """The tap that x is, by the rule of `peftc.planning.plan.input_tap`."""
     if insert == "sequential":
         return tap
     name = ("ctx" if tap in ("k", "v") and site == "attention" else "x") if insert == "parallel" else insert

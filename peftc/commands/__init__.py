@@ -1,0 +1,1 @@
+"""Commands: what `peftc` does for each of its commands, and how the result is told."""

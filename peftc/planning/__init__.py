@@ -1,0 +1,1 @@
+"""Planning: which sites a rule reaches and what goes there, before anything is changed, and facts about it."""

@@ -1,0 +1,1 @@
+"""Reference pages and tables, made from peftc's own tables."""
