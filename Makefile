@@ -84,10 +84,10 @@ kills: $(STAMP)
 decoders: $(STAMP)
 	$(BIN)/python tests/decoders.py
 
-# pyright knows nothing of setuptools' package-dir, so passes/ and rules/ are linked to where they install.
 reference: $(STAMP)
 	$(BIN)/python -m peftc.reference.pages rules
 
+# pyright knows nothing of setuptools' package-dir, so passes/ and rules/ are linked to where they install.
 lint: $(DEV_STAMP)
 	@mkdir -p build/typing/peftc && touch build/typing/peftc/__init__.py
 	@ln -sfn ../../../passes build/typing/peftc/passes

@@ -153,9 +153,10 @@ def emit_parts(
     if fused:
         (directory / weights_file).unlink(missing_ok=True)
     first = models[0].graph
-    names = [tuple(str(value.name) for value in values) for values in (first.inputs, first.outputs)]
+    inputs = tuple(str(value.name) for value in first.inputs)
+    outputs = tuple(str(value.name) for value in first.outputs)
     nodes = sum(len(list(model.graph)) for model in models)
-    return OnnxFiles(directory / parts[0].file, *names, opset, nodes, tuple(part.file for part in parts))
+    return OnnxFiles(directory / parts[0].file, inputs, outputs, opset, nodes, tuple(part.file for part in parts))
 
 
 def check_kernels(program: Program, opset: int) -> None:

@@ -122,5 +122,6 @@ def _present(result: Any, infix: str, start: int) -> dict[str, fx.Node]:
 def _spec(node: fx.Node, sequence: int) -> InputSpec:
     """The input that takes the place of a value of the encoder; `sequence` is its axis of tokens."""
     value = node.meta["val"]
-    axes = {0: "batch", sequence: "sequence"}
-    return InputSpec(value.dtype, tuple(axes.get(axis, size) for axis, size in enumerate(value.shape)))
+    sizes: list[str | int] = list(value.shape)
+    sizes[0], sizes[sequence] = "batch", "sequence"
+    return InputSpec(value.dtype, tuple(sizes))

@@ -94,7 +94,7 @@ def test(
     form: Annotated[TestFormat, typer.Option("--format", help="How to print the results.")] = TestFormat.text,
 ) -> None:
     """Run the tests that rules hold, on built-in tiny models. Exit code 1 if one does not hold, 2 for mistakes."""
-    from peftc import rule_test_formats as formats
+    from peftc.checking import rule_test_formats as formats
     from peftc.cli import USER_ERROR
     from peftc.diagnostics import PeftcError, fail
     from peftc.lang.library import rule_files

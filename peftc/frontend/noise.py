@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import fx
@@ -70,7 +71,7 @@ def strict_in_training(model: torch.nn.Module, trace: TracebackType | None) -> f
     found: list[str] = []
     while trace is not None:
         frame = trace.tb_frame
-        held = frame.f_locals.get("self")
+        held: Any = frame.f_locals.get("self")
         if id(held) in paths and held.training and "training" in frame.f_code.co_names:
             found.append(paths[id(held)])
         trace = trace.tb_next

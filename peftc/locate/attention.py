@@ -132,11 +132,14 @@ def _projected(
             taps[name] = projection.output_tap(name)
     fused = {name: streams[name][1].node for name in parts}
     widths = {name: head_dim if name == "v" else key_dim for name in parts}
-    layouts = {n: _layout(part, fused[n], widths[n], one.heads) for n, part in parts.items() if part is not None}
+    layouts: dict[str, Layout | None] = {
+        n: _layout(part, fused[n], widths[n], one.heads) for n, part in parts.items() if part is not None
+    }
     if len(set(fused.values())) == 1 and len(layouts) == len(parts) and None in layouts.values():
         found = columns(program, next(iter(fused.values())), [part for part in parts.values() if part is not None])
         if found is not None:
-            parts, layouts = dict(zip(parts, found, strict=True)), dict.fromkeys(parts, "flat")
+            parts = {**dict(zip(parts, found, strict=True))}
+            layouts = dict.fromkeys(parts, "flat")
     for name, node in parts.items():
         layout = layouts.get(name)
         if node is None or layout is None:

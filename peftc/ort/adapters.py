@@ -6,6 +6,7 @@ The number is 31 bits of a hash of the base's fingerprint, which the format keep
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,7 @@ def model_number(fingerprint: str) -> int:
 
 def ort_errors() -> tuple[type[Exception], ...]:
     """What onnxruntime raises for a file or an input that it cannot take; most are exceptions of its own."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # compiled, without types
     own = (state.Fail, state.InvalidArgument, state.NoSuchFile, state.InvalidGraph, state.InvalidProtobuf)
     return (*own, state.RuntimeException, state.NotImplemented, RuntimeError, ValueError, TypeError)
 
@@ -47,11 +47,11 @@ class Adapter:
 def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], model: int) -> None:
     """Write `tensors` as an adapter of the model of this number."""
     import numpy as np
-    from onnxruntime import AdapterFormat, OrtValue
+    import onnxruntime
 
     kept = {name: np.ascontiguousarray(tensor).reshape(tensor.shape) for name, tensor in tensors.items()}
-    values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in kept.items()}
-    document = AdapterFormat()
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in kept.items()}
+    document: Any = onnxruntime.AdapterFormat()
     document.set_adapter_version(FORMAT)
     document.set_model_version(model)
     document.set_parameters(values)
@@ -61,14 +61,15 @@ def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], model: int) -> 
 
 def read_adapter(path: str | Path) -> Adapter:
     """Read a file. Raises `PeftcError` E091 where it is no adapter or of another format."""
-    from onnxruntime import AdapterFormat, LoraAdapter
+    import onnxruntime
 
+    runtime: Any = onnxruntime  # its types lack adapters
     path = Path(path)
     if not path.is_file():
         fail("E091", f"{path} does not exist" if not path.exists() else f"{path} is no file")
-    handle = LoraAdapter()
+    handle = runtime.LoraAdapter()
     try:
-        document = AdapterFormat.read_adapter(str(path))
+        document = runtime.AdapterFormat.read_adapter(str(path))
         handle.Load(str(path))
     except ort_errors():
         fail("E091", f"{path} is no whole adapter file", help="export it again: `peftc merge --export onnx --adapters`")

@@ -17,7 +17,6 @@ from peftc.ort.adapters import SUFFIX, Adapter, ort_errors, read_adapter
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnxruntime import SessionOptions
 
 MODEL, INDEX = "model.onnx", "adapters.json"
 NUMBER = "peftc.model_number"
@@ -35,7 +34,7 @@ class Session:
         self,
         directory: str | Path,
         *,
-        options: SessionOptions | None = None,
+        options: Any = None,
         providers: Sequence[Any] = ("CPUExecutionProvider",),
     ) -> None:
         import onnxruntime
@@ -126,7 +125,7 @@ class Session:
             if name not in self.outputs:
                 fail("E092", f"the model has no output `{name}`", help=did_you_mean(name, self.outputs))
         try:
-            values = self._session.run(wanted, feeds, options)
+            values: Any = self._session.run(wanted, feeds, options)
         except ort_errors() as error:
             fail("E092", f"onnxruntime refuses the inputs: {str(error).splitlines()[0]}", help=self._told(feeds))
         finally:

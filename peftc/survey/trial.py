@@ -154,7 +154,9 @@ def fitting_shapes(program: Program) -> tuple[list[dict[str, int]], dict[str, in
     """Sizes of two calls that the graph holds for, and the axes that it fixes, at the size of its sample."""
     held = dict(program.fixed)
     guards: Any = program.guards
-    for sizes in SHAPES[1:] if guards is not None else ():
+    for sizes in SHAPES[1:]:
+        if guards is None:
+            break
         held |= {axis: SAMPLES[axis] for axis in guards.broken({**sizes, **held})}
     return [{**sizes, **held} for sizes in SHAPES[1:]], held
 
