@@ -1,5 +1,4 @@
-"""Commands that write a model without peftc in it, check it later, take it back, or
-read its deltas off again: merge, verify, unmerge, extract.
+"""Commands that write a model without peftc in it, check it later, take it back, or read its deltas off again.
 
 $ peftc merge peftc-out -o merged && peftc verify merged
 """
@@ -156,8 +155,9 @@ def merge(
                 "--undo": undo,
                 "--tied": tied is not Tied.refuse,
                 "--dry-run": dry_run,
+                **{option: value is not None for option, value in given.items() if option != "--no-cache"},
             }
-            refuse_with_adapters([option for option, given in unfit.items() if given])
+            refuse_with_adapters([option for option, wrong in unfit.items() if wrong])
             report = driver.export_adapters([directory, *more], out, base=place, texts=texts, progress=progress)
         elif dry_run:
             report = driver.merge_schedule(directory, base=place, max_shard=most, tied=tied.value, progress=progress)
@@ -249,7 +249,8 @@ def refuse_with_adapters(options: list[str]) -> None:
     if "--export hf" in options:
         fail("E014", "`--adapters` is for ONNX alone", help="add `--export onnx`, and no other")
     if options:
-        fail("E014", f"`{options[0]}` says how to merge, and with `--adapters` nothing is merged", help="leave it out")
+        message = f"`{options[0]}` says how to merge or store weights, and with `--adapters` the base stays as it is"
+        fail("E014", message, help="leave it out")
 
 
 def refuse_without_onnx(formats: set[str], given: Mapping[str, object]) -> None:

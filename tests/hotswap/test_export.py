@@ -82,6 +82,7 @@ def test_a_delta_without_a_neutral_form_is_refused_by_name(served: Served, tmp_p
         (["a", "b"], "folds one delta directory"),
         (["a", "--adapters"], "for ONNX alone"),
         (["a", "--adapters", "--export", "onnx", "--undo"], "`--undo` says how to merge"),
+        (["a", "--adapters", "--export", "onnx", "--dtype", "fp16"], "`--dtype` says how to merge"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments: list[str], message: str) -> None:
