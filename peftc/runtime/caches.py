@@ -47,7 +47,12 @@ def check_cache(cache: Any, layout: CacheLayout) -> None:
         if odd is not None:
             _refuse(f"reads no {type(odd).__name__} of a cache", "use a dynamic or a static cache")
         if part.offloading:
-            _refuse("reads no offloaded cache", 'leave `cache_implementation="offloaded"` out')
+            refuse_offloaded()
+
+
+def refuse_offloaded() -> NoReturn:
+    """Raise `PeftcError` E041 for a cache that moves its rows between devices."""
+    _refuse("reads no offloaded cache", 'leave `cache_implementation="offloaded"` out')
 
 
 def _refuse(what: str, help: str) -> NoReturn:

@@ -27,6 +27,10 @@ class Generates:
         warning says where rows that are padded at the left answer otherwise than alone; see `peftc.ir.positions`.
         """
         base: Any = super()
+        if str(_setting("cache_implementation", kwargs) or "").startswith("offloaded"):
+            from peftc.runtime.caches import refuse_offloaded
+
+            refuse_offloaded()  # before transformers makes one, which takes a device that has streams
         reason = uncached(self) if _takes_cache(self, kwargs) else None
         if reason is not None:
             asked = next((name for name in _ASKING if kwargs.get(name)), None)
@@ -70,10 +74,14 @@ _ASKING = ("use_cache", "past_key_values", "cache_implementation")
 
 
 def _takes_cache(model: Any, given: dict[str, Any]) -> bool:
-    for source in (given, vars(given.get("generation_config") or object) if given.get("generation_config") else {}):
-        if source.get("use_cache") is not None:
-            return bool(source["use_cache"])
-    return getattr(model.generation_config, "use_cache", None) is not False
+    asked = _setting("use_cache", given)
+    return bool(asked) if asked is not None else getattr(model.generation_config, "use_cache", None) is not False
+
+
+def _setting(name: str, given: dict[str, Any]) -> Any:
+    """What a call of `generate` says of a setting, itself or in its `generation_config`; None where it says nothing."""
+    value = given.get(name)
+    return value if value is not None else getattr(given.get("generation_config"), name, None)
 
 
 def _padded_left(mask: Any) -> bool:
