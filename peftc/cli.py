@@ -14,7 +14,6 @@ Nothing here imports torch or transformers before a command runs, so `--help` an
 
 from __future__ import annotations
 
-import gc
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -216,5 +215,4 @@ def parse_sets(texts: list[str] | None) -> dict[str, str]:
 def main() -> None:
     """The entry point of the `peftc` command. SIGTERM ends it as Ctrl-C does: cleaned up, exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    gc.set_threshold(100_000, 50, 100)  # a graph is many objects that live on: looking through them took a fifth of it
     app(prog_name="peftc")
