@@ -122,7 +122,7 @@ def check_free_space(path: str | Path, size: int) -> None:
         existing = next(parent for parent in (place, *place.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
     if free < size:
-        message = f"{path}: {_human(size)} are needed and {_human(free)} are free"
+        message = f"{_human(size)} are needed in {place.parent}, and {_human(free)} are free"
         fail("E036", message, help=_REMEDIES[errno.ENOSPC])
 
 

@@ -36,14 +36,20 @@ _ANY = (Exception,)
 
 
 def measure(
-    family: str, *, numbers: bool = True, onnx: bool = False, watch: Callable[[Record], None] | None = None
+    family: str,
+    *,
+    numbers: bool = True,
+    gradients: bool = True,
+    onnx: bool = False,
+    watch: Callable[[Record], None] | None = None,
 ) -> Record:
     """Measure one model type. `watch` is shown the record after each step, so that a killed run leaves what it knew.
 
-    `numbers` asks for runs of the rules, `onnx` for onnxruntime as well.
+    `numbers` asks for runs of the rules, with a gradient for each delta unless `gradients` is false, `onnx` for
+    onnxruntime as well.
     """
     now = datetime.now(timezone.utc).isoformat(timespec="minutes").removesuffix("+00:00")
-    start, record = time.perf_counter(), Record(family, full=numbers and onnx, measured=now)
+    start, record = time.perf_counter(), Record(family, full=numbers and gradients and onnx, measured=now)
     show = watch or (lambda _: None)
     subject = _subject(record, show)
     record.seconds = time.perf_counter() - start
@@ -52,7 +58,7 @@ def measure(
         _count(subject, record)
         show(record)
         if numbers:
-            _try_rules(subject, record, onnx=onnx, show=show)
+            _try_rules(subject, record, gradients=gradients, onnx=onnx, show=show)
     record.seconds = time.perf_counter() - start
     return record
 
@@ -131,7 +137,9 @@ def _count(subject: Subject, record: Record) -> None:
             record.reasons.append(f"{kind}: {record.found[kind]} of {record.expected[kind]} found")
 
 
-def _try_rules(subject: Subject, record: Record, *, onnx: bool, show: Callable[[Record], None]) -> None:
+def _try_rules(
+    subject: Subject, record: Record, *, gradients: bool, onnx: bool, show: Callable[[Record], None]
+) -> None:
     used = read(subject.program)
     size = sum(p.numel() for name, p in subject.skeleton.model.named_parameters() if name in used)
     if size > LARGEST:
@@ -150,7 +158,7 @@ def _try_rules(subject: Subject, record: Record, *, onnx: bool, show: Callable[[
             record.rules[rule] = "no such site"
             continue
         try:
-            for step in trial.steps(rule, hyper, onnx=onnx and rule == "mam"):
+            for step in trial.steps(rule, hyper, gradients=gradients, onnx=onnx and rule == "mam"):
                 record.rules[rule] = step
         except PeftcError as error:
             record.reasons.append(f"{rule}: {error.diagnostics[0].message}")

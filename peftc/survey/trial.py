@@ -47,7 +47,7 @@ class Trial:
         if not any(tensor.numel() and tensor.isfinite().all() for tensor in self.base[0]):
             raise TrialError("the base answers no finite number")
 
-    def steps(self, rule: str, hyper: Mapping[str, object], *, onnx: bool) -> Iterator[str]:
+    def steps(self, rule: str, hyper: Mapping[str, object], *, gradients: bool = True, onnx: bool) -> Iterator[str]:
         """How far the rule gets, step by step; raises `TrialError` or `PeftcError` at the first that fails."""
         program = copied(self.program)
         plan = rewrite(program, load_rule(rule, hyper))
@@ -61,8 +61,9 @@ class Trial:
         yield "identity"
         noise = torch.Generator().manual_seed(2)
         filled = {n: torch.randn(v.shape, generator=noise) * 0.1 for n, v in deltas.items()}
-        self._learns(program, filled, {n for n, p in plan.parameters.items() if not p.frozen})
-        yield "learns"
+        if gradients:
+            self._learns(program, filled, {n for n, p in plan.parameters.items() if not p.frozen})
+            yield "learns"
         if onnx:
             self._onnx(program, {**self.state, **filled})
             yield "onnx"

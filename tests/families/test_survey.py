@@ -16,7 +16,7 @@ from peftc.survey.causes import cause
 from peftc.survey.measure import measure
 from peftc.survey.record import Record
 from peftc.survey.shrink import Attempt, attempts, default_config, shrink
-from peftc.survey.sweep import every_family, sweep
+from peftc.survey.sweep import FEW, every_family, sweep
 from peftc.survey.table import table
 from peftc.survey.totals import Part, lines, sums, totals
 from peftc.survey.trial import fitting_shapes, markers
@@ -124,11 +124,12 @@ def test_mam_gets_to_onnx_where_one_length_markers_noise_or_masks_stood_in_the_w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
-def test_a_family_of_the_tests_is_right_up_to_onnx(family: str) -> None:
-    record = measure(family, onnx=True)
-    assert record.reasons == []
-    assert record.rules == {"mam": "onnx", "lora": "learns", "houlsby": "learns"}
+def test_families_of_the_tests_are_right_up_to_onnx_behind_the_warm_server() -> None:
+    names = ["bert", "llama", "t5", "gpt2"]
+    assert len(names) > FEW
+    for record in sweep(names, seconds=300, onnx=True):
+        assert record.reasons == [], record.family
+        assert record.rules == {"mam": "onnx", "lora": "learns", "houlsby": "learns"}
 
 
 @pytest.mark.slow
