@@ -8,7 +8,7 @@ differ by more than its tolerance fails.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ SHAPES = (
 
 
 _TEXTS_AT_ONCE, _MOST_TOKENS = 8, 512
+_PIECE = 1 << 20
+"""Elements that are compared at a time: 8 MiB in float64."""
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "spiece.model")
 
 
@@ -96,17 +98,26 @@ def compared(
 ) -> Comparison:
     """The comparison of two lists of outputs for one batch."""
     differences, sizes, top1 = [0.0], [0.0], None
-    for a, b in zip(unfolded, folded, strict=True):
-        if not a.is_floating_point():
+    for one, other in zip(unfolded, folded, strict=True):
+        if not one.is_floating_point():
             continue
-        a, b = real_rows(a.double(), inputs), real_rows(b.double(), inputs)
-        differences.append(float((a - b).abs().masked_fill(a == b, 0).max()))  # infinities that agree are equal
-        sizes.append(float(a.abs().masked_fill(a.isinf(), 0).max()))
-        if top1 is None and a.shape[-1] == vocabulary:
-            top1 = float((a.argmax(-1) == b.argmax(-1)).double().mean())
+        one, other, agreed = real_rows(one, inputs), real_rows(other, inputs), 0
+        for a, b in _pieces(one, other):
+            differences.append(float((a - b).abs().masked_fill(a == b, 0).max()))  # infinities that agree are equal
+            sizes.append(float(a.abs().masked_fill(a.isinf(), 0).max()))
+            agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
+        if top1 is None and one.shape[-1] == vocabulary:
+            top1 = agreed / (one.numel() // one.shape[-1])
     absolute, scale = _largest(differences), _largest(sizes)
     relative = absolute / max(scale, 1e-30)
     return Comparison(what, label, dtype, absolute, relative, tolerance, scale, top1)
+
+
+def _pieces(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some rows of both at a time, in float64: logits are large, and a comparison makes several tensors of each."""
+    rows = max(1, _PIECE // one.shape[-1])
+    parts = (tensor.reshape(-1, tensor.shape[-1]).split(rows) for tensor in (one, other))
+    return ((a.double(), b.double()) for a, b in zip(*parts, strict=True))
 
 
 def _largest(values: Sequence[float]) -> float:

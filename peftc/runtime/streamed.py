@@ -21,8 +21,8 @@ from peftc.passes.set_mode import SetMode
 from peftc.runtime.executor import move_to
 
 aten = torch.ops.aten
-_BLOCK = 1 << 24
-"""Elements of a block of rows: 64 MiB in float32."""
+_BLOCK = 1 << 22
+"""Elements of a block of rows: 16 MiB in float32."""
 
 
 class StoredTensors(Protocol):
@@ -94,12 +94,13 @@ class StreamedRun:
         name, (rows, width) = self._bindings[weight].name, weight.meta["val"].shape
         xs = [_filled(node.args[0], values, i) for i in range(count)]
         step = max(1, _BLOCK // int(width))
-        parts: list[list[torch.Tensor]] = [[] for _ in xs]
+        results = [x.new_empty(*x.shape[:-1], int(rows)) for x in xs]
         for first in range(0, int(rows), step):
-            block = self._cast(self._stored.rows(name, first, min(first + step, int(rows))))
-            for x, own in zip(xs, parts, strict=True):
-                own.append(torch.nn.functional.linear(x, block))
-        results = [torch.cat(own, -1) for own in parts]
+            last = min(first + step, int(rows))
+            block = self._cast(self._stored.rows(name, first, last))
+            for x, result in zip(xs, results, strict=True):
+                result[..., first:last] = torch.nn.functional.linear(x, block)
+            del block  # before the next one is read
         if not isinstance(bias, fx.Node):
             return results
         offset: list[Any] = values[bias] if bias in values else [self._parameter(bias)] * count

@@ -17,6 +17,7 @@ from peftc.diagnostics import PeftcError
 from peftc.fold import stream
 from peftc.merging import comparing
 from peftc.merging.adapted import Adapted
+from peftc.runtime import streamed
 from peftc.runtime.delta_dir import TENSORS
 from peftc.store.model_dir import ModelDir
 from peftc.store.safetensors_io import read_header, read_tensor
@@ -162,6 +163,7 @@ def test_a_large_model_is_compared_from_disk(
     delta = saved(rule, checkpoint(family, torch.float32), tmp_path, set=hyper)
     in_memory = driver.merge(delta, tmp_path / "merged").comparisons
     monkeypatch.setattr(comparing, "WHOLE", 0)
+    monkeypatch.setattr(streamed, "_BLOCK", 100)  # a few rows of a weight at a time
     monkeypatch.setattr(Adapted, "model", property(lambda _: pytest.fail("the model was loaded")))
     adapted = Adapted.open(delta, None)
     from_disk = comparing.compare_checkpoint(adapted, tmp_path / "merged")

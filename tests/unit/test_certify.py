@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from peftc.diagnostics import PeftcError
+from peftc.merging import certify
 from peftc.merging.certify import compare, refuse_failed
 
 
@@ -36,3 +37,17 @@ def test_infinities_that_agree_are_no_difference_and_admit_none_beside_them() ->
     assert compared([-math.inf, 1.0], [-math.inf, 1.0]) == 0
     with pytest.raises(PeftcError):
         compared([-math.inf, 1.0], [-math.inf, 1.1])
+
+
+@pytest.mark.parametrize("piece", [1, 20, 1 << 20])
+def test_a_comparison_in_pieces_is_that_of_the_whole(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certify, "_PIECE", piece)
+    one = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
+    other = one.clone()
+    other[1, 2, 3] += 5  # a token of its own there
+    other[0, 5, 1] += 900  # padding
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    found = certify.compared("it", "made up", {"attention_mask": mask}, [one], [other], 1e-4, "float32", 9)
+    assert found.absolute == pytest.approx(5) and found.top1 == 9 / 10
+    assert found.scale == one[mask.bool()].abs().max()
