@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftc.commands.reports import ApplyReport, MergeReport, PlanReport, ScheduleReport, SitesReport
 from peftc.progress import NullProgress, Progress
+from peftc.reports import ApplyReport, MergeReport, PlanReport, ScheduleReport, SitesReport
 
 if TYPE_CHECKING:
     from peftc.frontend.trace import Skeleton

@@ -1,1 +1,1 @@
-"""Commands: what `peftc` does for each of its commands, and how the result is told."""
+"""Commands: what `peftc` asks for on its command line, and what it prints."""

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from peftc.backends.hf import Checkpoint
-    from peftc.commands.reports import MergeReport
     from peftc.fold.decide import Decision
     from peftc.merging.adapted import Adapted
     from peftc.planning.plan import Plan
+    from peftc.reports import MergeReport
     from peftc.runtime.delta_dir import DeltaDir
     from peftc.runtime.unfolded import Unfolded
 

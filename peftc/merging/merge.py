@@ -17,7 +17,6 @@ import torch
 from peftc.backends import hf, onnx
 from peftc.backends.pt2 import require_compiler
 from peftc.backends.settings import Settings, settings_for
-from peftc.commands.reports import MergeReport, ScheduleReport
 from peftc.diagnostics import fail
 from peftc.fold.decide import Room
 from peftc.fold.evaluate import Read
@@ -40,6 +39,7 @@ from peftc.merging.merge_torch import TARGETS, write_torch
 from peftc.merging.undo import UNDO, write_undo
 from peftc.passes.fold import Fold
 from peftc.progress import Progress
+from peftc.reports import MergeReport, ScheduleReport
 from peftc.store.atomic import atomic_directory, check_free_space, check_target
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from peftc.passes.fold import Fold
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from peftc.commands.reports import MergeReport
     from peftc.frontend.trace import InputSpec
     from peftc.merging.adapted import Adapted
     from peftc.merging.merge import Options
     from peftc.progress import Progress
+    from peftc.reports import MergeReport
 
 TARGETS = frozenset({"pt2", "aoti"})
 
