@@ -28,7 +28,7 @@ def configured(
     config |= _lists(found)
     for option in dict.fromkeys(fit.layer.lists for fit in found if fit.layer.lists):
         config[option] = sorted({fit.path for fit in found if fit.layer.lists == option})
-    paths = {fit.path for fit in found if fit.layer.at not in ("model", "attention") and fit.layer.targets}
+    paths = {fit.path for fit in found if fit.layer.at != "model" and fit.layer.targets}
     if paths:
         listed = any(fit.layer.lists for fit in found)
         config["target_modules"] = sorted(paths) if listed else _targets(paths, program)

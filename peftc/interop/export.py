@@ -145,7 +145,8 @@ def _refuse(rank: int, reason: str, edit: Edit | None) -> NoReturn:
     if rank > 1:
         reason += ", or none that also has the rows before it"
     place = "" if delta.span is None else f" at {edit.site.describe()}"
-    known = "PEFT has low-rank, (IA)3, LoHa, LoKr, VeRA, OFT, prefix and prompt deltas, one method in an adapter"
+    docs = dict.fromkeys(method.doc for method in methods().values())
+    known = f"peftc writes adapters of {', '.join(docs)}, one method in an adapter"
     fail("E083", f"delta `{delta.name}`{place} is not of PEFT's format: {reason}", span=delta.span, help=known)
 
 

@@ -11,7 +11,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 from torch import fx
 
@@ -24,8 +24,6 @@ from peftc.lang.expr import names_in
 from peftc.lang.loader import parse_rule
 from peftc.lang.rule import Delta, Form
 from peftc.planning.plan import Edit, input_tap
-
-_MODEL: Final = ("model", "attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,7 @@ def _same_form(one: Form, other: Form) -> bool:
 def _place(edit: Edit, layer: Layer, wanted: Delta, program: Program) -> tuple[str, bool] | str:
     """The module that the edit changes as the layer would, and whether it stores [in, out]; or why there is none."""
     tap, site = edit.site.taps[edit.tap], edit.site
-    if layer.at in _MODEL:
+    if layer.at == "model":
         reason = next((why for name, why in layer.unless.items() if name in site.taps), None)
         if reason is not None:
             return f"{site.describe()} has more than PEFT reads: {reason}"

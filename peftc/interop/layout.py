@@ -24,14 +24,10 @@ _WRAPPERS: Final = frozenset({"base_layer", "modules_to_save", "original_module"
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module with tensors of the method: their names in the file, by what stands behind the module's name.
-
-    `wraps` counts adapters of the same module inside of this one, each of another parameter of it.
-    """
+    """A module with tensors of the method: their names in the file, by what stands behind the module's name."""
 
     path: str
     keys: Mapping[str, str]
-    wraps: int = 0
 
     @property
     def first(self) -> str:
@@ -54,7 +50,7 @@ class Layout:
 def layout_of(adapter: Adapter, method: Method, parameters: Mapping[str, Any]) -> Layout:
     """Sort the tensors; `parameters` are those of the base model by name. Raises `PeftcError` E082."""
     known = frozenset(view.key[1:] for layer in method.layers for view in layer.tensors.values() if not view.owned)
-    modules: dict[tuple[str, int], dict[str, str]] = {}
+    modules: dict[str, dict[str, str]] = {}
     trained: dict[str, str] = {}
     saved: set[str] = set()
     strange: list[str] = []
@@ -63,8 +59,8 @@ def layout_of(adapter: Adapter, method: Method, parameters: Mapping[str, Any]) -
         if key in known:
             continue
         if owner is not None:
-            path, wraps, suffix = owner
-            modules.setdefault((path, wraps), {})[suffix] = key
+            path, suffix = owner
+            modules.setdefault(path, {})[suffix] = key
         elif ".original_module." in key:
             continue  # what a module to save was before training; its place is taken, so PEFT never runs it
         elif (name := _parameter(key, parameters)) is not None:
@@ -74,21 +70,19 @@ def layout_of(adapter: Adapter, method: Method, parameters: Mapping[str, Any]) -
             strange.append(key)
     if strange:
         _refuse_strange(adapter, method, strange, parameters)
-    found = tuple(Module(path, keys, wraps) for (path, wraps), keys in modules.items())
+    found = tuple(Module(path, keys) for path, keys in modules.items())
     _check_targets(adapter, found)
     return Layout(found, trained, known & adapter.tensors.keys(), frozenset(saved))
 
 
-def _owner(key: str, method: Method) -> tuple[str, int, str] | None:
-    """The module, how many adapters it wraps, and what stands behind its name."""
+def _owner(key: str, method: Method) -> tuple[str, str] | None:
+    """The module, and what stands behind its name."""
     if not key.startswith(PREFIX):
         return None
     name = key.removeprefix(PREFIX)
     for suffix in method.suffixes:
         if name.endswith(f".{suffix}"):
-            parts = name.removesuffix(f".{suffix}").split(".")
-            inner = [part for part in parts if part != "base_layer"]
-            return ".".join(inner), len(parts) - len(inner), suffix
+            return name.removesuffix(f".{suffix}"), suffix
     return None
 
 

@@ -28,7 +28,7 @@ def rows_of(adapter: Adapter, method: Method, modules: Sequence[Module], program
         layer, sites = _placed(adapter, method, module, program)
         values = {name: _value(adapter, layer, module, entry, sites[0]) for name, entry in layer.values.items()}
         apart = (module.path,) if layer.tied else tuple(sites[0].dims[name] for name in layer.apart)
-        key = (layer, tuple(values.items()), apart, module.wraps)
+        key = (layer, tuple(values.items()), apart)
         places, found = groups.setdefault(key, ([], {}))
         places += sites
         found |= {site.path: module for site in sites}
@@ -37,12 +37,12 @@ def rows_of(adapter: Adapter, method: Method, modules: Sequence[Module], program
             values = {name: _value(adapter, layer, None, entry, None) for name, entry in layer.values.items()}
             sites = [site for site in program.sites if site.kind == layer.at]
             _refuse_other_meaning(method, layer, sites)
-            groups[layer, tuple(values.items()), (), 0] = (sites, {})
+            groups[layer, tuple(values.items()), ()] = (sites, {})
     _refuse_absent(adapter, method, modules, program)
     rows: dict[str, Row] = {}
-    for (layer, values, _, wraps), (sites, found) in groups.items():
+    for (layer, values, _), (sites, found) in groups.items():
         name = method.rule if not rows else f"{method.rule}_{len(rows) + 1}"
-        rows[name] = Row(layer, dict(values), tuple(sites), wraps=wraps, modules=found)
+        rows[name] = Row(layer, dict(values), tuple(sites), found)
     return rows
 
 
@@ -96,11 +96,21 @@ def _placed(adapter: Adapter, method: Method, module: Module, program: Program) 
         key, site = module.first, placed[0][1][0]
         message = f"{adapter.path}: {key} is {list(adapter.tensors[key].shape)}, which does not fit {site.describe()}"
         fail("E082", message, help="the adapter was made for a base of other sizes: name the right one with --model")
+    _refuse_stacked(adapter, method, module, program)
     kinds = " or ".join(dict.fromkeys(layer.at for layer in layers))
     wanted = {site.path for site in program.sites if site.kind in {layer.at for layer in layers}}
     message = f"{adapter.path}: {module.first} is for a {kinds} layer {module.path}, which the model lacks"
     near = did_you_mean(module.path, wanted) or ""
     fail("E082", message, help=near if near.startswith("did") else "name the adapter's base with --model or --head")
+
+
+def _refuse_stacked(adapter: Adapter, method: Method, module: Module, program: Program) -> None:
+    """Refuse `target_parameters` of experts, which PEFT wraps one around the other. Raises `PeftcError` E081."""
+    path = module.path.partition(".base_layer")[0]
+    if _sites(program, path, "experts"):
+        message = f"{adapter.path}: {module.first} is {method.doc} on the stacked weights of the experts {path}"
+        help = "merge the adapter with PEFT (`merge_and_unload`), and use the model that it saves"
+        fail("E081", f"{message} (`target_parameters`), which is not read yet", help=help)
 
 
 def _refuse_absent(adapter: Adapter, method: Method, modules: Sequence[Module], program: Program) -> None:

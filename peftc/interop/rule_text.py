@@ -33,10 +33,6 @@ class Row:
     layer: Layer
     values: Mapping[str, Any]
     sites: tuple[Site, ...]
-    tap: str = ""
-    """What `modify` is where the table leaves it open."""
-    wraps: int = 0
-    """Adapters of other parameters inside those of this row."""
     modules: Mapping[str, Any] = field(default_factory=dict)
     """The adapter's module for the path of each site."""
 
@@ -93,14 +89,12 @@ def _row(
     kinds = row.kinds
     paths = {site.path for site in sites if site.kind in kinds}
     found: dict[str, Any] = {"at": kinds[0] if len(kinds) == 1 else kinds}
-    if row.layer.at not in ("model", "attention"):
+    if row.layer.at != "model":
         found["where"] = {"path": shortened((site.path for site in row.sites), paths)}
     listed = {key: value for key, value in row.values.items() if isinstance(value, tuple)}  # a list is no argument
     names = {key: given or f"{key}_{name}" for key in listed}
     hyper |= {names[key]: {"default": list(value)} for key, value in listed.items()}
     found |= {key: _filled(value, {**words, **names}) for key, value in row.layer.row.items()}
-    if row.tap:
-        found["modify"] = row.tap
     numbers = {key: value for key, value in row.values.items() if key not in listed}
     if numbers or "with" in found:
         found["with"] = {**numbers, **found.pop("with", {})}

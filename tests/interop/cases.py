@@ -8,7 +8,7 @@ from typing import Any
 
 FAMILIES = ("bert", "llama", "gpt2")
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
-TASK = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "mixtral": "CAUSAL_LM"}
+TASK = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
 EMBEDDING = {"bert": "word_embeddings", "llama": "embed_tokens", "gpt2": "wte"}
 NORM = {"bert": "output.LayerNorm", "llama": "input_layernorm", "gpt2": "ln_1"}
 FEEDFORWARD = {"bert": "intermediate.dense", "llama": "down_proj", "gpt2": "mlp.c_proj"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +132,3 @@ def _randomize(subject: Any) -> None:
 def _key(name: str) -> str:
     name = name.replace(".default", "").replace(".modules_to_save", "")
     return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
-
-
-Configure = Callable[[], Any]

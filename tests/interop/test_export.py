@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from badinput.command import refused
+from badinput.command import refused, run
 from safetensors.torch import load_file
 
 pytest.importorskip("peft")
@@ -75,8 +75,7 @@ def test_delta_that_does_not_fit_is_refused_by_name(
 def test_adapter_for_vllm_meets_its_published_rules(bases: Path, tmp_path: Path) -> None:
     """The rules by hand, from vLLM's `PEFTHelper` and its loader of LoRA weights."""
     adapted("lora_linear", bases / "llama", tmp_path / "delta", r=8)
-    refused_code = _export(tmp_path)
-    assert refused_code == 0
+    assert run("export", tmp_path / "delta", "--to", "vllm", "-o", tmp_path / "adapter").code == 0
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["r"] in (1, 8, 16, 32, 64, 128, 256, 320, 512) and config["lora_alpha"] == 16.0
@@ -92,12 +91,6 @@ def test_adapter_for_vllm_meets_its_published_rules(bases: Path, tmp_path: Path)
         assert value.shape[0 if half == "lora_A" else 1] == config["r"]
         halves.setdefault(".".join(path), set()).add(half)
     assert all(both == {"lora_A", "lora_B"} for both in halves.values())
-
-
-def _export(place: Path) -> int:
-    from badinput.command import run
-
-    return run("export", place / "delta", "--to", "vllm", "-o", place / "adapter").code
 
 
 def test_what_vllm_does_not_load_is_refused(bases: Path, tmp_path: Path) -> None:

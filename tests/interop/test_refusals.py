@@ -132,6 +132,19 @@ def test_layer_that_the_model_lacks_is_named(adapter: Path, base: Path) -> None:
     assert "model.layers.7.self_attn.q_proj, which the model lacks" in said
 
 
+def test_stacked_weights_of_experts_are_told_as_such(adapter: Path, tmp_path: Path) -> None:
+    """PEFT keeps the two in one module, one wrapped around the other."""
+    place, experts = tmp_path / "mixtral", "base_model.model.model.layers.0.mlp.experts"
+    model("mixtral").float().save_pretrained(place)
+    tensors = {
+        f"{experts}.{inner}lora_{half}.weight": torch.ones(6, 6) for inner in ("base_layer.", "") for half in "AB"
+    }
+    change(adapter, lambda old: (old.clear(), old.update(tensors)))
+    configure(adapter, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    said = told("E081", adapter, place)
+    assert "on the stacked weights of the experts model.layers.0.mlp.experts" in said and "not read yet" in said
+
+
 def test_wrong_base_is_told_by_shapes(adapter: Path, base: Path) -> None:
     change(adapter, lambda tensors: tensors.update({KEY.format(0, "q_proj", "A"): torch.randn(4, 64)}))
     said = told("E082", adapter, base)
