@@ -2,7 +2,7 @@
 
     model.onnx, model.onnx.data     the base, with every delta an optional input
     NAME.onnx_adapter               the values of one delta directory; NAME is the directory's
-    adapters.json                   base, adapters, what was compared
+    adapters.json                   base, adapters, what was compared, sha256 of the files above
     config.json, tokenizer files
 
 The model is run in onnxruntime without an adapter and with each before the directory appears, against torch.
@@ -177,11 +177,12 @@ def _report(
                 group.name,
                 inputs,
                 file.stat().st_size,
-                file_digest(file),
                 compared[member.name],
             )
         )
-    return AdaptersReport(out, files, len(joint.inputs), tuple(adapters), compared[""])
+    digests = {path.name: file_digest(path) for path in sorted(fresh.glob(f"{onnx.MODEL}*"))}
+    digests |= {name: file_digest(fresh / name) for name in (f"{a.name}{SUFFIX}" for a in adapters)}
+    return AdaptersReport(out, files, len(joint.inputs), tuple(adapters), compared[""], digests)
 
 
 def _index(first: Adapted, number: int, report: AdaptersReport) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ class AdapterReport:
     structure: str
     inputs: int
     nbytes: int
-    sha256: str
     comparisons: Sequence[Comparison]
 
     def to_json(self) -> dict[str, Any]:
@@ -32,20 +31,20 @@ class AdapterReport:
             "structure": self.structure,
             "inputs": self.inputs,
             "bytes": self.nbytes,
-            "sha256": self.sha256,
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
         }
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptersReport:
-    """What was written: the model with its optional inputs, and the adapters."""
+    """What was written: the model with its optional inputs, and the adapters; `files` are their sha256 by name."""
 
     out: Path
     onnx: OnnxFiles
     optional: int
     adapters: tuple[AdapterReport, ...]
     base: Sequence[Comparison]
+    files: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,6 +53,7 @@ class AdaptersReport:
             "opset": self.onnx.opset,
             "optional_inputs": self.optional,
             "comparisons": [comparison.to_json() for comparison in self.base],
+            "files": dict(self.files),
             "adapters": {adapter.name: adapter.to_json() for adapter in self.adapters},
         }
 

@@ -1,5 +1,6 @@
 """Checking a merged directory against its certificate: every tensor that was touched by its sha256, every other one
-against the base where that is still there, every file of an export by its sha256.
+against the base where that is still there, every file of an export by its sha256. An export with adapters has its
+digests in `adapters.json`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from peftc.diagnostics import fail
 from peftc.merging.certificate import CERTIFICATE, file_digest
+from peftc.ort.session import INDEX
 from peftc.progress import Progress
 from peftc.store.model_dir import ModelDir
 from peftc.store.safetensors_io import Header, read_bytes
@@ -50,7 +52,7 @@ class VerifyReport:
 
 def verify(directory: Path, base: str | Path | None, progress: Progress) -> VerifyReport:
     """Check `directory`. Raises `PeftcError`: E034 (no certificate), E031 (shards), E035 (another base), E054."""
-    document = _read(directory / CERTIFICATE)
+    document = _read(directory / (INDEX if (directory / INDEX).is_file() else CERTIFICATE))
     report = VerifyReport(directory)
     if "tensors" in document:
         progress.step("check tensors")

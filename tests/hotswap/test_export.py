@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
@@ -46,6 +47,20 @@ def test_the_index_says_what_was_compared(served: Served) -> None:
     for comparisons in (index["comparisons"], *(entry["comparisons"] for entry in index["adapters"].values())):
         assert comparisons
         assert all(comparison["holds"] and comparison["absolute"] < 1e-5 for comparison in comparisons)
+
+
+def test_verify_finds_a_file_that_is_not_what_was_written(served: Served, tmp_path: Path) -> None:
+    copy = shutil.copytree(served.directory, tmp_path / "copy")
+    assert driver.verify(copy).files == len(ADAPTERS) + 2
+    for name in ("model.onnx", "model.onnx.data", "wide.onnx_adapter"):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(PeftcError, match=rf"E054.*{name}: it is not the file"):
+            driver.verify(copy)
+        (copy / name).write_bytes(whole)
+    (copy / "rs.onnx_adapter").unlink()
+    with pytest.raises(PeftcError, match=r"E054.*rs.onnx_adapter"):
+        driver.verify(copy)
 
 
 def test_deltas_of_other_bases_and_directories_of_one_name_are_refused(served: Served, tmp_path: Path) -> None:
