@@ -5,6 +5,7 @@ Where the rule or the model does not admit a cache, `generate` computes every to
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ class Generates:
 
         A rule or a model that does not admit a cache generates without one, and a warning says why; where a cache is
         asked for by name (`use_cache=True`, `past_key_values`, `cache_implementation`) that is an error, E041. A
-        warning says where rows that are padded at the left answer otherwise than alone; see `peftc.ir.positions`.
+        warning says where rows that are padded at the left answer otherwise than alone; see `preparing`.
         """
         base: Any = super()
         if str(_setting("cache_implementation", kwargs) or "").startswith("offloaded"):
@@ -42,8 +43,6 @@ class Generates:
                 )
             warnings.warn(f"generating without a cache: {reason}", stacklevel=2)
             kwargs = {**kwargs, "use_cache": False}
-        if _padded_left(kwargs.get("attention_mask")) and (reason := counts_padding(self)) is not None:
-            warnings.warn(reason, stacklevel=2)
         return base.generate(*args, **kwargs)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,10 +87,30 @@ def _padded_left(mask: Any) -> bool:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
 
 
+def preparing(base: type[Any]) -> dict[str, Any]:
+    """`prepare_inputs_for_generation` of an adapted `base`: the base's, with a warning where padding shifts a prefix.
+
+    What positions a class gives its forward is seen only here: EXAONE 4.5 takes them and gives none. Empty for a class
+    that does not generate; see `peftc.ir.positions`.
+    """
+    original = getattr(base, "prepare_inputs_for_generation", None)
+    if original is None:
+        return {}
+
+    @functools.wraps(original)  # transformers reads its signature
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = original(self, *args, **kwargs)
+        if kwargs.get("is_first_iteration") and _padded_left(kwargs.get("attention_mask")):
+            reason = counts_padding(self) if given.get("position_ids") is None else None
+            if reason is not None:
+                warnings.warn(reason, stacklevel=2)
+        return given
+
+    return {"prepare_inputs_for_generation": prepare_inputs_for_generation}
+
+
 def counts_padding(model: Any) -> str | None:
-    """Why rows that `generate` is given with padding at the left differ from each alone; None where they do not."""
-    if not model.config.is_encoder_decoder and "position_ids" in forward_arguments(model.surgery.base_class):
-        return None
+    """Why rows with padding at the left and without positions differ from each alone; None where they do not."""
     found = (prefix_counted_from_the_first_column(program) for program in model.surgery.programs.values())
     delta = next(filter(None, found), None)
     if delta is None:

@@ -28,7 +28,7 @@ from peftc.planning.counts import Counts, counts_of
 from peftc.planning.plan import Plan
 from peftc.runtime.dropouts import places, rates_of
 from peftc.runtime.executor import Executor
-from peftc.runtime.generation import Generates, refuse_cache
+from peftc.runtime.generation import Generates, preparing, refuse_cache
 from peftc.runtime.hierarchy import called
 from peftc.runtime.lengths import fitting, one_past
 from peftc.runtime.quantized import forms_of
@@ -303,7 +303,9 @@ def _subclass(base: type[PreTrainedModel]) -> type[Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._answer(args, kwargs)
 
-    return type("Peftc" + base.__name__, (GraphModel, base), {"forward": forward, "__module__": __name__})
+    return type(
+        "Peftc" + base.__name__, (GraphModel, base), {"forward": forward, "__module__": __name__, **preparing(base)}
+    )
 
 
 def attach(model: PreTrainedModel, surgery: Surgery, values: Mapping[str, torch.Tensor]) -> Any:

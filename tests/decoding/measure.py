@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from families.family import softmax_keeps_float64
 from torch import Tensor
 
-from decoding.properties import BOUNDS, PROPERTIES, ROUNDED, LacksError, other_texts, text
+from decoding.properties import BOUNDS, PROPERTIES, ROUNDED, LacksError, other_texts, padded, text
 from decoding.record import HOLDS, Record
 from decoding.speaker import Speaker
 from decoding.subjects import LARGEST, Traced, built, rules_for, skeleton_of, usual_inputs
@@ -179,7 +180,7 @@ def _explained(name: str, verdict: str, model: Any, base: _Base, record: Record)
 
     A selection (of experts, of keys) may hold ties: then a base is right on some texts by luck.
     """
-    stated = counts_padding(model) if name == "left" else None
+    stated = _stated(name, model, base)
     if stated is not None:
         return f"stated: {stated}"
     speaker, bound = Speaker.of(base.model, base.given), BOUNDS[record.base[name]]
@@ -197,6 +198,19 @@ def _explained(name: str, verdict: str, model: Any, base: _Base, record: Record)
             verdicts.pop(name, None)
         return ""
     return verdict
+
+
+def _stated(name: str, model: Any, base: _Base) -> str | None:
+    """What peftc says of rows padded at the left: of its forward without positions, or in a warning of `generate`."""
+    speaker = Speaker.of(model, base.given)
+    if name == "left":
+        return None if speaker.positions else counts_padding(model)
+    if name != "greedy" or speaker.seq2seq:
+        return None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        speaker.written(*padded(text(), side="left"))
+    return next((str(one.message) for one in told if str(one.message) == counts_padding(model)), None)
 
 
 def _verdict(holds: Callable[[Speaker], float], speaker: Speaker, wanted: str, *, rounds: bool) -> str:

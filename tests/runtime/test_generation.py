@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import peftc
+from peftc.runtime.generation import preparing
+from peftc.runtime.graph_model import GraphModel
 from runtime.tiny import moved
 
 Load = Callable[..., Any]
@@ -60,3 +64,29 @@ def test_beams_and_samples_are_as_many_as_asked_for(model: Any) -> None:
     found = model.generate(**prompts(2), max_new_tokens=4, num_beams=2, num_return_sequences=2, do_sample=False)
     assert found.shape[0] == 4
     assert model.generate(**prompts(2), max_new_tokens=4, do_sample=True).shape[0] == 2
+
+
+class GivesNoPositions(LlamaForCausalLM):
+    """As EXAONE 4.5: its forward takes positions, its preparation drops them, so columns are counted."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        return {**super().prepare_inputs_for_generation(input_ids, **kwargs), "position_ids": None}
+
+
+@pytest.mark.parametrize("rule", ["mam", "lora"])
+@pytest.mark.parametrize("gives", [True, False], ids=["positions", "none"])
+def test_padding_that_shifts_a_prefix_is_told_where_the_class_gives_no_positions(
+    rule: str, gives: bool, model_dir: Load
+) -> None:
+    adapted: Any = moved(peftc.apply(rule, model_dir("llama"))).eval()
+    if not gives:
+        own = {"forward": type(adapted).forward, **preparing(GivesNoPositions)}
+        adapted.__class__ = type("Adapted", (GraphModel, GivesNoPositions), own)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapted.generate(**prompts(1), max_new_tokens=2, do_sample=False)
+        assert not told
+        adapted.generate(**prompts(2), max_new_tokens=2, do_sample=False)
+    assert ["counts positions from the first column" in str(one.message) for one in told] == (
+        [True] if rule == "mam" and not gives else []
+    )
