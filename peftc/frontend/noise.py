@@ -43,15 +43,15 @@ def _without_errors(model: torch.nn.Module, make: Callable[[], Program]) -> tupl
     asleep: frozenset[str] = frozenset()
     first: Exception | None = None
     while True:
-        try:
-            with evaluated(model, asleep):
+        with evaluated(model, asleep):
+            try:
                 return asleep, make()
-        except UNTRACEABLE as error:
-            first = first or error
-            strict = strict_in_training(model, error.__traceback__)
-            if not strict:
-                raise first from None
-            asleep |= strict
+            except UNTRACEABLE as error:
+                first = first or error
+                strict = strict_in_training(model, error.__traceback__)
+        if not strict:
+            raise first from None
+        asleep |= strict
 
 
 def noisy(program: Program) -> frozenset[str]:

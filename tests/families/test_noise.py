@@ -11,7 +11,8 @@ import transformers
 import peftc
 from families.family import randomised
 from peftc.frontend.masks import masks_by_broadcasting
-from peftc.frontend.noise import evaluated, strict_in_training
+from peftc.frontend.noise import evaluated, strict_in_training, without_noise
+from peftc.ir.program import Program
 from peftc.passes.set_mode import SetMode, draws
 
 
@@ -64,6 +65,24 @@ def test_the_module_that_raises_in_training_only_is_told_from_those_around_it() 
         model["head"]()
         assert model.training
     assert model["head"].training
+
+
+class _Always(torch.nn.Module):
+    def forward(self) -> None:
+        raise ValueError(f"no such size, {'training' if self.training else 'in evaluation'}")
+
+
+def test_what_raises_in_either_mode_is_tried_once_a_module_and_raises_its_first_error() -> None:
+    model, calls = torch.nn.Sequential(torch.nn.Sequential(_Always())), []
+
+    def make() -> Program:
+        calls.append(model[0][0].training)
+        model[0][0]()
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="no such size, training"):
+        without_noise(model, make)
+    assert calls == [True, False] and model[0][0].training
 
 
 def test_a_mask_by_broadcasting_is_the_one_of_the_mapped_function() -> None:
