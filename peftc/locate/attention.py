@@ -94,7 +94,7 @@ def _site(program: Program, several: list[_Attention], projections: Projections)
     if "concat" in taps and taps["concat"].width != count * head_dim:
         missing["concat"] = "its output projection reads products of groups of heads, not the heads merged"
         del taps["concat"]
-    kv_heads = taps["v"].width // head_dim if "v" in taps else count
+    kv_heads = _kv_heads(one, taps, count)
     dims: dict[str, int | bool] = {
         "d_model": one.q.d_in, "heads": count, "kv_heads": kv_heads, "head_dim": head_dim, "key_dim": key_dim,
     }  # fmt: skip
@@ -133,7 +133,7 @@ def _projected(
     fused = {name: streams[name][1].node for name in parts}
     widths = {name: head_dim if name == "v" else key_dim for name in parts}
     layouts: dict[str, Layout | None] = {
-        n: _layout(part, fused[n], widths[n], one.heads) for n, part in parts.items() if part is not None
+        n: _layout(part, fused[n], widths[n]) for n, part in parts.items() if part is not None
     }
     if len(set(fused.values())) == 1 and len(layouts) == len(parts) and None in layouts.values():
         found = columns(program, next(iter(fused.values())), [part for part in parts.values() if part is not None])
@@ -147,6 +147,12 @@ def _projected(
         else:
             taps[name] = Tap(name, node, layout)
     return taps
+
+
+def _kv_heads(one: _Attention, taps: dict[str, Tap], heads: int) -> int:
+    """As many as the values are wide. Where no tap holds them and they are the keys too, the projection is."""
+    values = taps.get("v") or (one.v.output_tap("v") if one.v.node is one.k.node is not one.q.node else None)
+    return heads if values is None else values.width // one.found.width
 
 
 def _heads(program: Program, one: _Attention) -> fx.Node | None:
@@ -234,9 +240,10 @@ def _between(source: fx.Node, sink: fx.Node) -> set[fx.Node]:
     return reaches(source, within)
 
 
-def _layout(node: fx.Node, fused: fx.Node, head_dim: int, heads: int) -> Layout | None:
+def _layout(node: fx.Node, fused: fx.Node, head_dim: int) -> Layout | None:
     """How a part of a fused projection lies in the graph, where its axes are the projection's own: flat, or already
-    split into heads. None where they tell nothing, as of an image, whose length is a number too, or of its windows.
+    split into heads; the length is the one that the projection has rows of. None where they tell nothing, as of the
+    windows of an image, or of keys with others behind them (DeepSeek V4).
     """
     shape, rows = shape_of(node), [str(size) for size in shape_of(fused)[:-1]]
     rows = [rows[0], rows[2]] if len(rows) == 3 and rows[1] == "1" else rows  # latent attention's one head
@@ -244,11 +251,9 @@ def _layout(node: fx.Node, fused: fx.Node, head_dim: int, heads: int) -> Layout 
         return "flat" if [str(size) for size in shape[:-1]] == rows else None
     if len(shape) != 4 or len(rows) != 2 or shape[-1] > head_dim:  # latent attention: a part of a key from elsewhere
         return None
-    fixed = [isinstance(size, int) for size in shape[1:3]]
-    if all(fixed):
-        fixed = [size == heads for size in shape[1:3]]
-    layouts: dict[tuple[bool, ...], Layout] = {(False, True): "bshd", (True, False): "bhsd"}
-    return layouts.get(tuple(fixed)) if str(shape[0]) == rows[0] else None
+    length = [str(size) == rows[1] for size in shape[1:3]]
+    layouts: dict[tuple[bool, ...], Layout] = {(True, False): "bshd", (False, True): "bhsd"}
+    return layouts.get(tuple(length)) if str(shape[0]) == rows[0] else None
 
 
 def _roles(one: _Attention) -> dict[str, Linear]:

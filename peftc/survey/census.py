@@ -75,8 +75,8 @@ def take(model: torch.nn.Module, program: Program) -> Census:
             [path] if type(held).__name__ != "ModuleDict" else [f"{path}.{name}" for name, _ in held.named_children()]
         )
         own = [calls[f"{path}.{name}"] for name in _linears(held)]
-        values = [calls[f"{path}.{name}"] for name, _ in held.named_children() if _VALUES.search(name)]
-        return max([*(calls[name] for name in names), min(own, default=0), sum(values)])
+        values = sum(calls[f"{path}.{name}"] for name in _linears(held) if _VALUES.search(name))
+        return max([*(calls[name] for name in names), min(own, default=0), values])
 
     def called(kind: str) -> tuple[str, ...]:
         return tuple(path for path, its in kinds.items() if its == kind for _ in range(times(path)))

@@ -19,6 +19,8 @@ from peftc.lang.loader import load_rule, parse_rule
 from peftc.merging.certify import random_batches
 from peftc.pipeline import analyse, rewrite
 from peftc.runtime.executor import Executor
+from peftc.survey.measure import _subject
+from peftc.survey.record import Record
 from peftc.survey.weights import random_state
 
 TOLERANCE = 1e-5
@@ -305,3 +307,12 @@ def test_queries_and_keys_that_a_convolution_mixes_are_told_apart_by_their_width
         assert names == {"q": "q_proj", "k": "k_proj", "o": "o_proj"}
         assert (site.dims["heads"], site.dims["kv_heads"], site.dims["head_dim"]) == (4, 2, 8)
         assert [site.taps[name].width for name in "qkv"] == [32, 16, 16]
+
+
+def test_heads_are_told_from_a_length_that_is_a_number_by_the_rows_of_the_projection() -> None:
+    subject = _subject(Record("diffusion_gemma"), lambda _: None)
+    assert subject is not None
+    sites = [site for site in subject.program.sites if site.kind == "attention"]
+    written = [site for site in sites if ".decoder." in site.path]  # of one length: its canvas
+    assert written and all(site.dims["kv_heads"] == 2 for site in sites)
+    assert {site.taps["v"].layout for site in written} == {"flat", "bshd"}
