@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _STEP = 1 << 24
 _MOST = 1 << 28
-"""Bytes of a file that is kept whole, a config or a tokenizer, and of a factor."""
+"""Bytes of a file that is kept whole: a config, a tokenizer, the header of a shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +57,31 @@ class UnmergeReport:
 def unmerge(directory: Path, out: Path, progress: Progress) -> UnmergeReport:
     """Restore the base of a merged `directory` into `out`.
 
-    Raises `PeftcError`: E034 (no undo.zip, or one that is not whole), E031, E036, E054 (what comes out is not the
-    base, for the merged checkpoint or undo.zip has changed since).
+    Raises `PeftcError`: E034 (never merged, no undo.zip, or one that is not whole), E031, E036, E054 (what comes out
+    is not the base, for the merged checkpoint or undo.zip has changed since).
     """
     merged = ModelDir.open(directory)
     if not (directory / UNDO).is_file():
-        fail("E034", f"{directory} holds no {UNDO}: it was merged without --undo", help=_without(directory))
+        written = (directory / CERTIFICATE).is_file()
+        why = "it was merged without --undo" if written else f"it has no {CERTIFICATE} either: no merge wrote it"
+        fail("E034", f"{directory} holds no {UNDO}: {why}", help=_without(directory))
     progress.step("restore the base")
+    read: list[str] = []
     try:
         with zipfile.ZipFile(directory / UNDO) as archive:
-            undo = _Undo(archive, merged)
+            undo = _Undo(archive, merged, read)
             check_free_space(out, sum(shard["bytes"] for shard in undo.document["shards"]))
             with atomic_directory(out, replace=False) as fresh:
                 return undo.restore(fresh, out, progress)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
-        cause = "it ends too early" if isinstance(error, EOFError) else str(error)
-        fail("E034", f"{directory / UNDO} is damaged: {cause}", help=_without(directory))
+        place = f"{directory / UNDO}" + "".join(f", {name}" for name in read[-1:])
+        fail("E034", f"{place} is damaged: {_cause(error)}", help=_without(directory))
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return str(error.args[0]) if "archive" in str(error) else f"it has no {error}"
+    return "it ends too early" if isinstance(error, EOFError) else str(error)
 
 
 def _without(directory: Path) -> str:
@@ -85,10 +94,10 @@ def _without(directory: Path) -> str:
 
 
 class _Undo:
-    """An opened undo.zip; what it says is checked where it is used."""
+    """An opened undo.zip; what it says is checked where it is used, and each entry that is read is noted in `read`."""
 
-    def __init__(self, archive: zipfile.ZipFile, merged: ModelDir) -> None:
-        self._archive, self._merged = archive, merged
+    def __init__(self, archive: zipfile.ZipFile, merged: ModelDir, read: list[str]) -> None:
+        self._archive, self._merged, self._read = archive, merged, read
         for entry in archive.infolist():
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{entry.filename} is not stored as peftc does")
@@ -112,11 +121,16 @@ class _Undo:
             raise ValueError(f"it holds no {CONFIG}")
         return UnmergeReport(out, self._restored, self._copied, files)
 
-    def _whole(self, name: str) -> bytes:
+    def _whole(self, name: str, most: int = _MOST) -> bytes:
+        self._read.append(name)
         size = self._archive.getinfo(name).file_size
-        if size > _MOST:
-            raise ValueError(f"{name} has {size} bytes")
+        if size > most:
+            raise ValueError(f"it has {size} bytes")
         return self._archive.read(name)
+
+    def _open(self, name: str) -> IO[bytes]:
+        self._read.append(name)
+        return self._archive.open(name)
 
     def _shard(self, path: Path, record: dict[str, Any], progress: Progress) -> None:
         raw = self._whole(f"headers/{path.name}")
@@ -153,7 +167,7 @@ class _Undo:
             yield read_bytes(header, info.name, start, _STEP)
 
     def _kept(self, info: TensorInfo, record: dict[str, Any]) -> Iterator[bytes]:
-        with self._archive.open(f"tensors/{record['entry']}.rest") as entry:
+        with self._open(f"tensors/{record['entry']}.rest") as entry:
             for start in range(0, info.nbytes, _STEP):
                 yield _exactly(entry, min(_STEP, info.nbytes - start))
 
@@ -162,7 +176,7 @@ class _Undo:
         if not _fits(place, info, merged.tensors[info.name]):
             self._differs(info.name)
         factors = self._factors(info, record)
-        with self._archive.open(f"tensors/{record['entry']}.rest") as entry:
+        with self._open(f"tensors/{record['entry']}.rest") as entry:
             for first, last in row_blocks(info):
                 near = place.rows(merged, info.name, info.shape, first, last)
                 yield as_bytes(decode(guessed(near, factors, first), entry.read))
@@ -172,14 +186,17 @@ class _Undo:
         if not rank:
             return None
         rows, columns = info.shape
+        if rank > rows + columns:
+            raise ValueError(f"{info.name} has factors of rank {rank}")
         sides = zip(("left", "right"), ((rows, rank), (rank, columns)), strict=True)
         left, right = (self._factor(f"tensors/{record['entry']}.{side}", shape) for side, shape in sides)
         return left, right
 
     def _factor(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
-        data = bytearray(self._whole(name))
-        if len(data) != 4 * shape[0] * shape[1]:
-            raise ValueError(f"{name} is not {list(shape)}")
+        size = 4 * shape[0] * shape[1]  # as long as a vocabulary
+        data = bytearray(self._whole(name, size))
+        if len(data) != size:
+            raise ValueError(f"it is not {list(shape)}")
         return torch.frombuffer(data, dtype=torch.float32).reshape(shape).double()
 
     def _of(self, info: TensorInfo) -> Header:

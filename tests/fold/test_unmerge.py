@@ -160,6 +160,30 @@ def test_what_was_not_kept_is_not_made_up(undone: tuple[Path, Path], tmp_path: P
     assert told.startswith("E054") and "model.safetensors does not come back as it was" in told
 
 
+def test_what_no_merge_wrote_is_said_to_be_so(undone: tuple[Path, Path], tmp_path: Path) -> None:
+    told = unmerging(undone[0], tmp_path / "again")
+    assert told.startswith("E034") and "no merge wrote it" in told
+
+
+@pytest.mark.parametrize("end", ["undo.json", "model.safetensors", ".left", ".rest"])
+def test_a_damaged_entry_is_named(end: str, undone: tuple[Path, Path], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(undone[1], tmp_path / "merged"))
+    place = directory / "undo.zip"
+    with zipfile.ZipFile(place) as archive:
+        entry = next(info for info in archive.infolist() if info.filename.endswith(end))
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    data = bytearray(place.read_bytes())
+    begin = entry.header_offset + 30 + len(entry.filename)
+    data[begin : begin + entry.compress_size] = bytes(entry.compress_size)
+    place.write_bytes(data)
+    told = unmerging(directory, tmp_path / "again")
+    assert told.startswith("E034") and f"undo.zip, {entry.filename} is damaged" in told
+    with zipfile.ZipFile(place, "w") as archive:
+        for name in entries.keys() - {entry.filename}:
+            archive.writestr(name, entries[name])
+    assert f"{entry.filename} is damaged: There is no item named" in unmerging(directory, tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     "change",
     [
