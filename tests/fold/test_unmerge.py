@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
     "widened, transposed": ("gpt2", torch.bfloat16, "scaled_pa", {"set": {"r": 3, "f": "gelu_tanh"}}),
     "several, in some layers": ("bert", torch.bfloat16, TWICE, {}),
     "a new head": ("bert", torch.float32, "lora", {"set": LORA, "head": "sequence-classification", "num_labels": 3}),
+    "rows of the vocabulary": ("llama", torch.bfloat16, "trainable_tokens", {"set": {"ids": [3, 7]}}),
     "tensors trained as they are": ("bert", torch.bfloat16, "bitfit", {}),
 }
 
