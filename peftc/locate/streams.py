@@ -27,7 +27,9 @@ def _chain(node: fx.Node) -> set[fx.Node]:
             node = operand(operand(node, 0), 0)
         tensors = [n for n in inputs_of(node) if n.op != "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
         known = is_call(node, *VIEWS, *DROPOUT, *NORMS, *CONVS, aten.linear.default, aten.slice.Tensor, aten.mul.Tensor)
-        known = known or (is_call(node, aten.cat.default) and len(tensors) == 1)  # behind what a cache holds
+        if is_call(node, aten.cat.default) and len(tensors) > 1:  # parts of one stream (CvT's class token) are it
+            return chain | set.intersection(*map(_chain, tensors))
+        known = known or is_call(node, aten.cat.default)  # behind what a cache holds
         rms = is_call(node, *POINTWISE, aten.mean.dim, aten.rsqrt.default) and len(tensors) == 1
         if not tensors or not (known or rms):
             return chain

@@ -59,6 +59,10 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 16, 32], num_attention_heads=[1, 1, 2, 4], image_size=64
         ),
     ),
+    "cvt": (  # queries, keys and values by convolutions; in the last stage beside a class token
+        transformers.CvtForImageClassification,
+        transformers.CvtConfig(embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 2, 3]),
+    ),
     "diffllama": (  # the difference of two softmaxes
         transformers.DiffLlamaForCausalLM,
         transformers.DiffLlamaConfig(
@@ -147,6 +151,10 @@ def test_a_prefix_as_longer_keys_equals_the_gated_sum(name: str) -> None:
 def test_an_ffn_with_a_convolution_by_channel_is_one_site() -> None:
     assert len(of_kind("segformer", "ffn")) == len(of_kind("segformer", "attention")) == 4
     assert {site.variant for site in of_kind("segformer", "attention")} == {"self"}
+
+
+def test_an_attention_over_an_image_and_its_class_token_is_one_over_itself() -> None:
+    assert [site.variant for site in of_kind("cvt", "attention")] == 6 * ["self"]
 
 
 def test_layers_that_are_dropped_at_random_are_all_in_the_graph() -> None:
