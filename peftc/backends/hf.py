@@ -7,6 +7,7 @@ names are copied, folded tensors go through memory a block at a time.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from peftc.frontend.trace import Skeleton
     from peftc.ir.program import Program
     from peftc.store.model_dir import ModelDir
-    from peftc.store.worker import Worker
 
 name = "hf"
 
@@ -153,16 +153,17 @@ class CheckpointPlan:
         produced = [piece for shard in self.shards for piece in shard.pieces]
         copied = sum(piece.source is not None for piece in produced)
         changed = len(produced) - copied - self.added
+        place = {piece.spec.name: number for number, piece in enumerate(produced)}
+        changes.sort(key=lambda change: place[change.name])
         return Checkpoint(changed, copied, self.added, self.config, tuple(changes))
 
     def _produce(self, done: Callable[[TensorChange], None]) -> Produce:
-        return lambda spec, worker: self.tensors.blocks(spec, worker, done)
+        return lambda spec: self.tensors.blocks(spec, done)
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Blocks are small and bound by memory: threads of torch would wait for each other longer than they work, while
-    the thread that hashes and writes needs a core of its own."""
+    """Blocks are small, and several tensors are folded side by side: threads of torch would wait for each other."""
     import torch
 
     threads = torch.get_num_threads()
@@ -189,6 +190,7 @@ class _Tensors:
     touched: set[str]
     apart: frozenset[str] = frozenset()
     """Tied names that the new checkpoint takes apart."""
+    one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
     changed: dict[str, str] = field(init=False)
     own: dict[str, str] = field(init=False)
     """Names that become tensors of their own, and the stored tensor that each is made from."""
@@ -227,19 +229,19 @@ class _Tensors:
         info = self.source.tensors[self.own[state]][1]
         return TensorSpec(state, info.dtype, self.folded.shape(state, info.shape))
 
-    def blocks(self, spec: TensorSpec, worker: Worker, done: Callable[[TensorChange], None]) -> Iterator[memoryview]:
-        """The bytes of a tensor that is not copied."""
+    def blocks(self, spec: TensorSpec, done: Callable[[TensorChange], None]) -> Iterator[memoryview]:
+        """The bytes of a tensor that is not copied; of those that are folded whole one is in memory at a time."""
         key = spec.name
         source = self.own.get(key)
-        if source is not None and key not in self.trained and self.folded.by_rows(key):
-            return by_rows(self.source.tensors[source][0], source, self.folded, key, worker, done, key)
         state = self.changed.get(key)
-        if state is None:
-            return whole(None, key, self._exact(key), torch_dtype(spec.dtype), done)
-        header = self.source.tensors[key][0]
-        if self._goes_by_rows(key, state):
-            return by_rows(header, key, self.folded, state, worker, done)
-        return whole(header, key, self._exact(state), torch_dtype(spec.dtype), done)
+        if source is not None and key not in self.trained and self.folded.by_rows(key):
+            yield from by_rows(self.source.tensors[source][0], source, self.folded, key, done, key)
+        elif state is not None and self._goes_by_rows(key, state):
+            yield from by_rows(self.source.tensors[key][0], key, self.folded, state, done)
+        else:
+            with self.one_at_a_time:
+                header = None if state is None else self.source.tensors[key][0]
+                yield from whole(header, key, self._exact(state or key), torch_dtype(spec.dtype), done)
 
     def factors(self, key: str) -> Factors | None:
         """The change of a stored tensor as a product of two factors, where it is one; see `FoldedState.factors`."""

@@ -16,7 +16,6 @@ import torch
 
 from peftc.fold.state import FoldedState, finite
 from peftc.store.safetensors_io import Header, as_bytes, dtype_code, read_rows, read_tensor, torch_dtype
-from peftc.store.worker import Worker
 
 BLOCK = 1 << 19
 """Elements of a block: 2 MiB in float32, so that a block stays in a core's own cache while it is folded."""
@@ -84,7 +83,6 @@ def by_rows(
     key: str,
     folded: FoldedState,
     name: str,
-    worker: Worker,
     done: Callable[[TensorChange], None],
     new: str | None = None,
 ) -> Iterator[memoryview]:
@@ -96,14 +94,12 @@ def by_rows(
     info = header.tensors[key]
     step = max(1, BLOCK // max(1, info.numel // info.shape[0]))
     tally, fold = Tally(), folded.row_update(name, torch_dtype(info.dtype))
-    with Worker() as hasher:  # `worker` hashes and writes what comes out, and has enough to do with that
-        for first in range(0, info.shape[0], step):
-            stored = read_rows(header, key, first, min(first + step, info.shape[0]))
-            hasher.do(tally.before.update, as_bytes(stored))
-            block = as_bytes(tally.round(name, stored, fold(first, stored)))
-            worker.do(tally.after.update, block)
-            yield block
-    worker.finish()
+    for first in range(0, info.shape[0], step):
+        stored = read_rows(header, key, first, min(first + step, info.shape[0]))
+        tally.before.update(as_bytes(stored))
+        block = as_bytes(tally.round(name, stored, fold(first, stored)))
+        tally.after.update(block)
+        yield block
     done(tally.result(new or key, info.dtype))
 
 

@@ -8,17 +8,17 @@ A shard whose tensors keep their dtypes and shapes keeps its header and the orde
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from peftc.store.safetensors_io import Header, TensorSpec, encode_header, in_file_order
-from peftc.store.worker import Worker
 
 Block = bytes | bytearray | memoryview
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -48,8 +48,8 @@ class Shard:
         return sum(piece.spec.nbytes for piece in self.pieces)
 
 
-Produce = Callable[[TensorSpec, Worker], Iterator[Block]]
-"""The bytes of a tensor, in blocks of its order; what it gives to the worker is done before the block is written."""
+Produce = Callable[[TensorSpec], Iterator[Block]]
+"""The bytes of a tensor, in blocks of its order. Several tensors are produced at once, each on a thread of its own."""
 Progress = Callable[[int, int], None]
 
 
@@ -88,40 +88,80 @@ def _shard(file: str, pieces: Sequence[Piece], metadata: Mapping[str, str], like
     return Shard(file, tuple(of[spec.name] for spec in in_file_order(specs)), metadata or {"format": "pt"})
 
 
-def write_shards(directory: Path, shards: Sequence[Shard], produce: Produce, progress: Progress | None = None) -> None:
+def write_shards(
+    directory: Path,
+    shards: Sequence[Shard],
+    produce: Produce,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> None:
     """Write every shard, and the index where there is more than one; each is on the disk when this returns.
 
-    One thread copies, hashes and writes, another waits for the disk, while the caller's computes. Raises `OSError`
-    (the disk is full, and the like), and what `produce` raises.
+    Every tensor has its place in its file, so `threads` of them (default: a thread for each core, four at most) are
+    copied or produced, and written, side by side, and a file that is whole goes to the disk meanwhile. Raises
+    `OSError` (the disk is full, and the like), and what `produce` raises.
     """
-    total, done = sum(shard.nbytes for shard in shards), 0
-    with contextlib.ExitStack() as files, Worker() as flusher, Worker() as worker:
-        for shard in shards:
-            file = files.enter_context((directory / shard.file).open("wb", buffering=0))
-            worker.do(_write_all, file, _header(shard))
-            for size in _write_pieces(file, shard, produce, worker):
-                done += size
-                if progress is not None:
-                    progress(done, total)
-            worker.do(flusher.do, _flush_and_close, file)
+    team = _Team(sum(shard.nbytes for shard in shards), produce, progress)
+    with ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
+        given: list[Future[None]] = []
+        try:
+            for shard in shards:
+                path, header = directory / shard.file, _header(shard)
+                path.write_bytes(header)
+                parts = [pool.submit(team.write, path, place, run) for place, run in _places(shard, len(header))]
+                given += [*parts, flusher.submit(_flush, path, parts)]
+            for future in wait(given, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            team.stop.set()
+            for future in given:
+                future.cancel()
+            raise
     if len(shards) > 1:
         _write_index(directory, shards)
 
 
-def _write_pieces(file: IO[bytes], shard: Shard, produce: Produce, worker: Worker) -> Iterator[int]:
-    """Give the shard's bytes to the worker; yields their sizes."""
+class _Team:
+    """What the threads share: how many bytes are done, and whether to go on."""
+
+    def __init__(self, total: int, produce: Produce, progress: Progress | None) -> None:
+        self.stop = threading.Event()
+        self._total, self._produce, self._progress = total, produce, progress
+        self._done, self._lock = 0, threading.Lock()
+
+    def write(self, path: Path, place: int, run: Sequence[Piece]) -> None:
+        """Copy or produce neighbouring tensors, which begin at `place` of a file that is there already."""
+        with path.open("r+b", buffering=0) as file:
+            file.seek(place)
+            for size in self._produced(file, run[0].spec) if run[0].source is None else _copied(file, run):
+                with self._lock:
+                    self._done += size
+                    if self._progress is not None:
+                        self._progress(self._done, self._total)
+                if self.stop.is_set():
+                    return
+
+    def _produced(self, file: IO[bytes], spec: TensorSpec) -> Iterator[int]:
+        for block in self._produce(spec):
+            _write_all(file, block)
+            yield len(block)
+
+
+def _copied(file: IO[bytes], run: Sequence[Piece]) -> Iterator[int]:
+    source = run[0].source
+    assert source is not None
+    begin, end = source.tensors[run[0].spec.name].begin, source.tensors[run[-1].spec.name].end
+    for start in range(begin, end, _STEP):
+        size = min(_STEP, end - start)
+        _copy(file, source.path, start, size)
+        yield size
+
+
+def _places(shard: Shard, place: int) -> Iterator[tuple[int, list[Piece]]]:
+    """The runs of a shard and where each begins in its file."""
     for run in _runs(shard.pieces):
-        source = run[0].source
-        if source is None:
-            for block in produce(run[0].spec, worker):
-                worker.do(_write_all, file, block)
-                yield len(block)
-            continue
-        begin, end = source.tensors[run[0].spec.name].begin, source.tensors[run[-1].spec.name].end
-        for start in range(begin, end, _STEP):
-            size = min(_STEP, end - start)
-            worker.do(_copy, file, source.path, start, size)
-            yield size
+        yield place, run
+        place += sum(piece.spec.nbytes for piece in run)
 
 
 def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -150,7 +190,7 @@ def _header(shard: Shard) -> bytes:
 
 
 def _copy(target: IO[bytes], path: Path, start: int, size: int) -> None:
-    """Copy a range of a file to the end of another, in the kernel where it can."""
+    """Copy a range of a file to where another stands, in the kernel where it can."""
     with path.open("rb", buffering=0) as source:
         while size:
             copied = _copy_some(source, target, start, size)
@@ -181,9 +221,11 @@ def _write_all(file: IO[bytes], block: Block) -> None:
         view = view[file.write(view[:_STEP]) :]
 
 
-def _flush_and_close(file: IO[bytes]) -> None:
-    os.fsync(file.fileno())
-    file.close()
+def _flush(path: Path, parts: Sequence[Future[None]]) -> None:
+    """Bring a file to the disk once all of its parts are written."""
+    if all(part.exception() is None for part in parts):
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
 
 
 def _write_index(directory: Path, shards: Sequence[Shard]) -> None:
