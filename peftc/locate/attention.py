@@ -149,10 +149,24 @@ def _projected(
     return taps
 
 
+_REPEATING = (
+    aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.view.default, aten._unsafe_view.default,
+    aten.clone.default, aten.contiguous.default, aten.repeat_interleave.self_int,
+)  # fmt: skip
+
+
 def _kv_heads(one: _Attention, taps: dict[str, Tap], heads: int) -> int:
-    """As many as the values are wide. Where no tap holds them and they are the keys too, the projection is."""
-    values = taps.get("v") or (one.v.output_tap("v") if one.v.node is one.k.node is not one.q.node else None)
-    return heads if values is None else values.width // one.found.width
+    """As many as the values are wide; where no tap holds them, as many as they are before each is repeated."""
+    if "v" in taps:
+        return taps["v"].width // one.found.width
+    node, found = one.found.value, heads
+    while True:
+        shape = shape_of(node)
+        if len(shape) == 4 and isinstance(shape[1], int) and shape[-1] == one.found.width:
+            found = min(found, shape[1])
+        if not is_call(node, *_REPEATING):
+            return found
+        node = operand(node, 0)
 
 
 def _heads(program: Program, one: _Attention) -> fx.Node | None:
