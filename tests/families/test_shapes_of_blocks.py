@@ -13,7 +13,7 @@ from torch import Tensor
 from peftc.diagnostics import PeftcError
 from peftc.frontend.trace import build_skeleton, default_inputs
 from peftc.ir.copying import copied
-from peftc.ir.program import Program
+from peftc.ir.program import Program, is_call
 from peftc.ir.sites import Site
 from peftc.lang.loader import load_rule, parse_rule
 from peftc.merging.certify import random_batches
@@ -267,6 +267,11 @@ def test_a_prefix_is_seen_by_both_halves_of_a_difference_of_attentions(monkeypat
     assert all(site.variant == "self" and site.causal for site in sites)
     program = copied(base)
     plan = rewrite(program, load_rule("prefix", {"l": 3}))
+    cls, config = CONFIGS["diffllama"]
+    skeleton = build_skeleton(cls, cls.config_class.from_dict({**config.to_dict(), "_attn_implementation": "eager"}))
+    spelled_out = analyse(skeleton, default_inputs(skeleton.model))
+    rewrite(spelled_out, load_rule("prefix", {"l": 3}))
+    assert any(is_call(node, torch.ops.aten.softmax.int) for node in spelled_out.graph.nodes)
     generator = torch.Generator().manual_seed(3)
     rows = {n: torch.randn(p.shape, generator=generator) for n, p in sorted(plan.parameters.items())}
     pairs = [
@@ -287,8 +292,10 @@ def test_a_prefix_is_seen_by_both_halves_of_a_difference_of_attentions(monkeypat
     with torch.no_grad():
         expected = model(**inputs).logits
     monkeypatch.undo()
-    found, seen = answer(program, {**state, **rows}, inputs), inputs["attention_mask"].bool()
-    assert (found - expected)[seen].abs().max() <= TOLERANCE * expected.abs().max()
+    seen = inputs["attention_mask"].bool()
+    for each in (program, spelled_out):
+        found = answer(each, {**state, **rows}, inputs)
+        assert (found - expected)[seen].abs().max() <= TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["zamba", "zamba2"])
