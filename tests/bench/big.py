@@ -19,7 +19,6 @@ from peftc.frontend.trace import build_skeleton
 from peftc.runtime.delta_dir import TENSORS
 from peftc.store.safetensors_io import TensorSpec, as_bytes, dtype_code, read_header, read_tensor, write
 from peftc.store.shards import Piece, resharded, write_shards
-from peftc.store.worker import Worker
 
 _BLOCK = 1 << 24
 
@@ -54,7 +53,7 @@ def make_base(
     dtype = model.dtype
     block, ones = noise.to(dtype), torch.ones(settings.hidden_size, dtype=dtype)
 
-    def produce(spec: TensorSpec, _: Worker) -> Iterator[memoryview]:
+    def produce(spec: TensorSpec) -> Iterator[memoryview]:
         count = spec.nbytes // dtype.itemsize
         source = ones if len(spec.shape) == 1 else block
         for start in range(0, count, len(source)):
