@@ -11,14 +11,14 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from peftc.diagnostics import fail
+from peftc.diagnostics import PeftcError, fail
 from peftc.merging.certificate import CERTIFICATE
 from peftc.merging.undo import FORMAT, UNDO, Place, guessed, row_blocks
 from peftc.progress import Progress
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _STEP = 1 << 24
 _MOST = 1 << 28
 """Bytes of a file that is kept whole: a config, a tokenizer, the header of a shard."""
+_LARGEST = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,11 @@ class UnmergeReport:
 def unmerge(directory: Path, out: Path, progress: Progress) -> UnmergeReport:
     """Restore the base of a merged `directory` into `out`.
 
-    Raises `PeftcError`: E034 (never merged, no undo.zip, or one that is not whole), E031, E036, E054 (what comes out
-    is not the base, for the merged checkpoint or undo.zip has changed since).
+    Raises `PeftcError`: E034 (never merged, no undo.zip, or one that is not whole), E030, E031, E036, E054 (what comes
+    out is not the base, for the merged checkpoint or undo.zip has changed since).
     """
     merged = ModelDir.open(directory)
+    merged.require_weights()
     if not (directory / UNDO).is_file():
         written = (directory / CERTIFICATE).is_file()
         why = "it was merged without --undo" if written else f"it has no {CERTIFICATE} either: no merge wrote it"
@@ -68,19 +70,31 @@ def unmerge(directory: Path, out: Path, progress: Progress) -> UnmergeReport:
     progress.step("restore the base")
     read: list[str] = []
     try:
-        with zipfile.ZipFile(directory / UNDO) as archive:
+        with _opened(directory / UNDO) as archive:
             undo = _Undo(archive, merged, read)
             check_free_space(out, sum(shard["bytes"] for shard in undo.document["shards"]))
             with atomic_directory(out, replace=False) as fresh:
                 return undo.restore(fresh, out, progress)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ValueError) as error:
         place = f"{directory / UNDO}" + "".join(f", {name}" for name in read[-1:])
         fail("E034", f"{place} is damaged: {_cause(error)}", help=_without(directory))
 
 
+def _opened(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except OSError as error:
+        raise ValueError(_unread(error)) from error
+
+
+def _unread(error: OSError) -> str:
+    """An offset out of nowhere is an error of the system's, and is none of the place that is written to."""
+    return f"it cannot be read: {error.strerror or error}"
+
+
 def _cause(error: Exception) -> str:
     if isinstance(error, KeyError):
-        return str(error.args[0]) if "archive" in str(error) else f"it has no {error}"
+        return str(error.args[0])
     return "it ends too early" if isinstance(error, EOFError) else str(error)
 
 
@@ -101,14 +115,8 @@ class _Undo:
         for entry in archive.infolist():
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{entry.filename} is not stored as peftc does")
-        document = json.loads(self._whole("undo.json"))
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        for key, kind in (("shards", list), ("tensors", dict), ("files", dict)):
-            if not isinstance(document.get(key), kind):
-                raise ValueError(f"undo.json has no {key}")
-        self.document: dict[str, Any] = document
-        self._done, self._total = 0, sum(int(shard["bytes"]) for shard in document["shards"])
+        self.document = _checked(json.loads(self._whole("undo.json")))
+        self._done, self._total = 0, sum(shard["bytes"] for shard in self.document["shards"])
         self._restored = self._copied = 0
 
     def restore(self, fresh: Path, out: Path, progress: Progress) -> UnmergeReport:
@@ -126,17 +134,27 @@ class _Undo:
         size = self._archive.getinfo(name).file_size
         if size > most:
             raise ValueError(f"it has {size} bytes")
-        return self._archive.read(name)
+        with self._entry(name) as entry:
+            return entry.read()
 
     def _open(self, name: str) -> IO[bytes]:
         self._read.append(name)
-        return self._archive.open(name)
+        return self._entry(name)
+
+    def _entry(self, name: str) -> IO[bytes]:
+        try:
+            return self._archive.open(name)
+        except OSError as error:
+            raise ValueError(_unread(error)) from error
 
     def _shard(self, path: Path, record: dict[str, Any], progress: Progress) -> None:
         raw = self._whole(f"headers/{path.name}")
         path.write_bytes(raw)
-        os.truncate(path, int(record["bytes"]))  # a hole, which the tensors fill
-        header = read_header(path)
+        os.truncate(path, record["bytes"])  # a hole, which the tensors fill
+        try:
+            header = read_header(path)
+        except PeftcError as error:  # of the entry, not of a file that is gone when it is read
+            raise ValueError(error.diagnostics[0].message.removeprefix(f"{path}: ")) from error
         digest = hashlib.sha256(raw)
         with path.open("r+b") as file:
             file.seek(len(raw))
@@ -172,7 +190,7 @@ class _Undo:
                 yield _exactly(entry, min(_STEP, info.nbytes - start))
 
     def _near(self, header: Header, info: TensorInfo, record: dict[str, Any]) -> Iterator[memoryview]:
-        merged, place = self._of(info), Place(int(record["axis"]), int(record["streams"]))
+        merged, place = self._of(info), Place(record["axis"], record["streams"])
         if not _fits(place, info, merged.tensors[info.name]):
             self._differs(info.name)
         factors = self._factors(info, record)
@@ -182,7 +200,7 @@ class _Undo:
                 yield as_bytes(decode(guessed(near, factors, first), entry.read))
 
     def _factors(self, info: TensorInfo, record: dict[str, Any]) -> Factors | None:
-        rank = int(record["rank"])
+        rank = record["rank"]
         if not rank:
             return None
         rows, columns = info.shape
@@ -223,8 +241,39 @@ class _Undo:
         fail("E054", message, help=f"`peftc verify {place}` says what changed. " + _without(place))
 
 
-def _plain(name: object) -> str:
-    if not isinstance(name, str) or PurePosixPath(name).name != name or not name.endswith(".safetensors"):
+_SHARD = {"file": str, "bytes": int, "sha256": str}
+_WHOLE = {"entry": str, "whole": bool}
+_NEAR = {"entry": str, "axis": int, "streams": int, "rank": int}
+_FILE = {"sha256": str, "kept": bool}
+
+
+def _checked(document: Any) -> dict[str, Any]:
+    """undo.json with every value of its kind. Raises `ValueError`."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    for key, kind in (("shards", list), ("tensors", dict), ("files", dict)):
+        if not isinstance(document.get(key), kind) or (key == "shards" and not document[key]):
+            raise ValueError(f"it has no {key}")
+    for shard in document["shards"]:
+        _check(shard, _SHARD, "a shard")
+    for name, record in document["tensors"].items():
+        _check(record, _WHOLE if isinstance(record, dict) and "whole" in record else _NEAR, name)
+    for name, record in document["files"].items():
+        _check(record, _FILE, name)
+    return document
+
+
+def _check(record: Any, kinds: Mapping[str, type], what: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"of {what} it says nothing")
+    for key, kind in kinds.items():
+        value = record.get(key)
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < _LARGEST):
+            raise ValueError(f"`{key}` of {what} is no {kind.__name__} that it may be")
+
+
+def _plain(name: str) -> str:
+    if PurePosixPath(name).name != name or not name.endswith(".safetensors"):
         raise ValueError(f"it names a file outside its directory: {name}")
     return name
 

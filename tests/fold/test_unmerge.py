@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ TWICE = rule("""deltas:
   down: {at: linear, where: {role: down}, modify: weight, form: low_rank_weight, with: {r: 2}}
   wide: {at: ffn, modify: out, insert: parallel, form: bottleneck, with: {r: 3, f: gelu}, where: {layers: [1]}}""")
 
+VOCABULARY = rule("""deltas:
+  table: {at: embedding, where: {role: token}, modify: weight, form: low_rank_weight, with: {r: 2}}
+  head: {at: linear, where: {path: lm_head}, modify: out, form: low_rank, with: {r: 2}}""")
+
 CASES: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
     "fused, transposed": ("gpt2", torch.bfloat16, "lora", {"set": LORA}),
     "every linear": ("llama", torch.float16, "lora_linear", {"set": LORA}),
@@ -39,6 +44,7 @@ CASES: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
     "a new head": ("bert", torch.float32, "lora", {"set": LORA, "head": "sequence-classification", "num_labels": 3}),
     "rows of the vocabulary": ("llama", torch.bfloat16, "trainable_tokens", {"set": {"ids": [3, 7]}}),
     "tensors trained as they are": ("bert", torch.bfloat16, "bitfit", {}),
+    "factors of a vocabulary": ("llama", torch.bfloat16, VOCABULARY, {}),
 }
 
 
@@ -90,6 +96,22 @@ def test_shards_and_their_index_come_back(tmp_path: Path) -> None:
     assert len(before) > 4 and contents(tmp_path / "again") == before
 
 
+@pytest.mark.parametrize("tied", ["untie", "both"])
+def test_one_table_for_tokens_and_head_comes_back(tied: str, tmp_path: Path) -> None:
+    """The vocabulary was resized, so it is no multiple of anything."""
+    base = tiny("gpt2")
+    base.resize_token_embeddings(67, mean_resizing=False)
+    base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    before = contents(tmp_path / "base")
+    rows = rule(
+        "deltas: {t: {at: embedding, where: {role: token}, modify: weight, form: low_rank_weight, with: {r: 2}}}"
+    )
+    adapt(rows, tmp_path / "base").save_pretrained(tmp_path / "delta")
+    driver.merge(tmp_path / "delta", tmp_path / "merged", outputs=False, undo=True, tied=tied)
+    driver.unmerge(tmp_path / "merged", tmp_path / "again")
+    assert contents(tmp_path / "again") == before
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float16, torch.float32, torch.float64])
 def test_a_residual_holds_any_difference(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -137,6 +159,16 @@ def test_a_guess_by_factors_leaves_little_to_keep(tmp_path: Path) -> None:
     assert kept < 0.06 * 2 * (4 * 128 * 128 + 2 * 128 * 512)
 
 
+def rewritten(directory: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """undo.zip with another entry of that name."""
+    with zipfile.ZipFile(directory / "undo.zip") as archive:
+        entries = {one: archive.read(one) for one in archive.namelist()}
+    entries[name] = change(entries[name])
+    with zipfile.ZipFile(directory / "undo.zip", "w") as archive:
+        for one, data in entries.items():
+            archive.writestr(one, data)
+
+
 def unmerging(directory: Path, out: Path) -> str:
     with pytest.raises(PeftcError) as refused:
         driver.unmerge(directory, out)
@@ -159,6 +191,58 @@ def test_what_was_not_kept_is_not_made_up(undone: tuple[Path, Path], tmp_path: P
     (directory / "model.safetensors").write_bytes(data)
     told = unmerging(directory, tmp_path / "again")
     assert told.startswith("E054") and "model.safetensors does not come back as it was" in told
+
+
+def test_a_shard_that_is_gone_or_cut_short_is_named(undone: tuple[Path, Path], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(undone[1], tmp_path / "merged"))
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert unmerging(directory, tmp_path / "again").startswith(f"E031: {weights}: the file is truncated")
+    weights.unlink()
+    assert unmerging(directory, tmp_path / "again").startswith(f"E030: {directory} holds no weights")
+
+
+def test_the_undo_of_another_merge_is_told(undone: tuple[Path, Path], checkpoint: Checkpoints, tmp_path: Path) -> None:
+    _, other = merged("several, in some layers", checkpoint, tmp_path)
+    shutil.copy(undone[1] / "undo.zip", other / "undo.zip")
+    told = unmerging(other, tmp_path / "again")
+    assert told.startswith(f"E054: {other}: ") and "does not come back as it was" in told and "the base was" in told
+
+
+@pytest.mark.parametrize("record", ["version", "offset"])
+def test_an_archive_that_cannot_be_read_is_no_fault_of_the_destination(
+    record: str, undone: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The version of zip that the first entry asks for, and where the archive says that its directory begins."""
+    directory = Path(shutil.copytree(undone[1], tmp_path / "merged"))
+    data = bytearray((directory / "undo.zip").read_bytes())
+    if record == "version":
+        data[data.index(b"PK\x01\x02") + 6] = 99
+    else:
+        data[-6:-2] = (int.from_bytes(data[-6:-2], "little") + (1 << 24)).to_bytes(4, "little")
+    (directory / "undo.zip").write_bytes(data)
+    assert unmerging(directory, tmp_path / "again").startswith(f"E034: {directory / 'undo.zip'}")
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda raw: raw[:5], "no safetensors file"),
+        (lambda raw: raw[:9] + b"!" + raw[10:], "not valid JSON"),
+        (lambda raw: raw.replace(b'"F32"', b'"F32\xff"', 1), "not valid JSON"),
+        (lambda raw: (len(raw) * 9).to_bytes(8, "little") + raw[8:], "truncated"),
+        (lambda raw: raw.replace(b"F32", b"F64", 1), "needs"),
+    ],
+)
+def test_a_damaged_header_is_named_by_its_entry(
+    change: Callable[[bytes], bytes], cause: str, undone: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Not by the file that it was written to, which is gone when the message is read."""
+    directory = Path(shutil.copytree(undone[1], tmp_path / "merged"))
+    rewritten(directory, "headers/model.safetensors", change)
+    told = unmerging(directory, tmp_path / "again")
+    assert told.startswith(f"E034: {directory / 'undo.zip'}, headers/model.safetensors is damaged: ")
+    assert cause in told and ".again" not in told
 
 
 def test_what_no_merge_wrote_is_said_to_be_so(undone: tuple[Path, Path], tmp_path: Path) -> None:
@@ -192,7 +276,13 @@ def test_a_damaged_entry_is_named(end: str, undone: tuple[Path, Path], tmp_path:
         {"files": {"../config.json": {"kept": True, "sha256": ""}}},
         {"tensors": {"pooler.dense.bias": {"entry": "0", "axis": 0, "streams": 0, "rank": 1 << 40}}},
         {"tensors": {"pooler.dense.bias": {"entry": "none", "whole": True}}},
+        {"tensors": {"pooler.dense.bias": 5}},
+        {"tensors": {"pooler.dense.bias": {"entry": "0", "axis": 0.5, "streams": 0, "rank": 0}}},
         {"tensors": []},
+        {"shards": []},
+        {"shards": [{"file": "model.safetensors", "bytes": float("inf"), "sha256": ""}]},
+        {"shards": [{"file": "model.safetensors", "bytes": -1, "sha256": ""}]},
+        {"files": {"config.json": None}},
         {"format": 2},
     ],
 )
@@ -200,12 +290,7 @@ def test_an_undo_of_a_stranger_writes_nowhere_else(
     change: dict[str, Any], undone: tuple[Path, Path], tmp_path: Path
 ) -> None:
     directory = Path(shutil.copytree(undone[1], tmp_path / "merged"))
-    with zipfile.ZipFile(directory / "undo.zip") as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    entries["undo.json"] = json.dumps({**json.loads(entries["undo.json"]), **change}).encode()
-    with zipfile.ZipFile(directory / "undo.zip", "w") as archive:
-        for name, data in entries.items():
-            archive.writestr(name, data)
+    rewritten(directory, "undo.json", lambda kept: json.dumps({**json.loads(kept), **change}).encode())
     before = set(tmp_path.rglob("*"))
     assert "E034" in unmerging(directory, tmp_path / "again")
     assert set(tmp_path.rglob("*")) == before
